@@ -1,0 +1,1 @@
+"""What can be configured: the schema of the server and of a plan, their loading, and the shipped plans."""

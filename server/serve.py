@@ -1,0 +1,164 @@
+"""Running a server: model, engine process, HTTP, in this order, and an end that leaves nothing behind."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from configs.schema import EngineConfig, ServeConfig
+from engine.client import EngineClient
+from engine.errors import EngineDead
+from engine.messages import ModelCard
+from server.app import build_app
+from server.metrics import Metrics
+from server.tokenizer import Tokenizer
+
+GRACE_SECONDS = 5  # for open requests to end after SIGTERM; then their connections are closed
+BACKLOG = 2048  # connections that wait to be accepted
+
+
+class StartFailed(Exception):
+    """The server never got ready. `code` is the exit code of the command."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until a signal comes. Raises StartFailed, or ConfigError if the configuration is refused."""
+    # Warnings and errors only: nothing of a request is logged.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    listener = _bind(config)
+    with contextlib.closing(listener), contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(_serve(config, listener))
+
+
+async def _serve(config: ServeConfig, listener: socket.socket) -> None:
+    interruption = _Interruption()
+    folder = await _prepare_model(config.engine)
+    tokenizer = _load_tokenizer(folder)
+    client = EngineClient(config, on_step=lambda outputs: metrics.on_step(outputs))
+    try:
+        card = await client.start()
+        metrics = Metrics(config.server.served_model_name or card.name, client)
+        server = _http_server(build_app(client, tokenizer, config.server, metrics))
+        interruption.stop_gracefully(server)
+        announcing = asyncio.create_task(_announce(client, server, metrics.model_name, listener))
+        await server.serve(sockets=[listener])
+        if announcing.done():
+            announcing.result()
+        announcing.cancel()
+    except EngineDead as error:  # before it was ever ready; later, the server says so and stays
+        raise StartFailed(error.message, 1) from error
+    finally:
+        await client.stop()
+
+
+async def _announce(client: EngineClient, server: uvicorn.Server, name: str, listener: socket.socket) -> None:
+    """Print the ready line when requests are served; stop the server if that never comes."""
+    try:
+        await client.wait_ready()
+    except EngineDead:
+        server.should_exit = True
+        raise
+    print(_ready_line(name, client.card, listener), flush=True)
+
+
+def _http_server(app: FastAPI) -> uvicorn.Server:
+    return _HttpServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end this process before the engine's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Interruption:
+    """SIGINT and SIGTERM: they cancel the start, or stop HTTP gracefully, or at once when repeated."""
+
+    def __init__(self) -> None:
+        self._main = asyncio.current_task()
+        self._server: uvicorn.Server | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._interrupt)
+
+    def stop_gracefully(self, server: uvicorn.Server) -> None:
+        self._server = server
+
+    def _interrupt(self) -> None:
+        if self._server is None:
+            assert self._main is not None
+            self._main.cancel()
+        else:
+            self._server.force_exit = self._server.should_exit
+            self._server.should_exit = True
+
+
+def _bind(config: ServeConfig) -> socket.socket:
+    """The address, taken before anything slow starts, not listened to yet: clients are refused, not kept."""
+    host, port = config.server.host, config.server.port
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror or error}", 1) from error
+    return listener
+
+
+async def _prepare_model(config: EngineConfig) -> Path:
+    """The folder of the model, downloaded or converted by another process: this one never imports torch."""
+    revision = [] if config.revision is None else [config.revision]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "engine.models", config.model, *revision), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise StartFailed("", process.returncode)  # it has said why
+    return Path(output.decode().splitlines()[-1])
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer(folder)
+    except Exception as error:  # tokenizers raises bare Exceptions for a file it cannot read
+        raise StartFailed(f"the tokenizer of {folder.name} cannot be loaded: {error}", 2) from error
+
+
+def _ready_line(model_name: str, card: ModelCard, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    default, *others = (plan.name for plan in card.plans)
+    words = f" (others: {', '.join(others)})" if others else ""
+    return (
+        f"farspan ready: http://{host}:{port}/v1  model={model_name} plan={default}{words}"
+        f" context={card.max_model_len} pages={card.num_pages}×{card.page_bytes}B {card.dtype}/{card.device}"
+    )

@@ -1,0 +1,167 @@
+"""Tokenizer: text to token ids and chats to text, from a model's own files, without torch."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.errors import BadRequest
+
+Message = dict[str, str]  # role, content, and name where the client gave one
+
+
+class Tokenizer:
+    """One model's tokenizer and chat template. Shared by all requests; holds no state of any."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokens: Any = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokens.no_truncation()  # files from training may cut prompts silently
+        self._tokens.no_padding()
+        self.longest_token = max(
+            map(len, self._tokens.get_vocab(with_added_tokens=True)), default=1
+        )  # characters
+        config = _read_json(folder / "tokenizer_config.json")
+        self._special_tokens = _special_tokens(config | _read_json(folder / "special_tokens_map.json"))
+        source = _chat_template(folder, config)
+        self._template = None if source is None else _compile(source)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text. Slow for long texts: async code calls it in a thread."""
+        # encode_batch releases the GIL while it works; encode does not. The fast form leaves out offsets.
+        (encoding,) = self._tokens.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The text of a chat, up to where the assistant's answer starts."""
+        if self._template is None:
+            raise BadRequest(
+                "This model has no chat template; use /v1/completions.",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            # Templates complain about roles and their order this way: words for the caller.
+            words = f"The model's chat template refuses these messages: {str(error)[:200]}"
+            raise BadRequest(words, param="messages") from error
+
+    def detokenizer(self, prompt: Sequence[int]) -> "Detokenizer":
+        """For the answer to this prompt."""
+        return Detokenizer(self._tokens, prompt)
+
+
+class Detokenizer:
+    """Token ids to text, piece by piece: never half a character, and the same text however the tokens arrive.
+
+        _ids:    last piece handed out | pending
+                                       ^ _read
+
+    The text of pending tokens is what decoding all of `_ids` gives beyond decoding the last piece. Alone they
+    might read differently: some decoders treat the start of a text specially (SentencePiece strips a space).
+    """
+
+    _CONTEXT = 6  # tokens of the prompt to start from
+    _PATIENCE = 16  # pending tokens; a character has at most four bytes, so more can only be broken text
+
+    def __init__(self, tokens: Any, prompt: Sequence[int]) -> None:
+        self._tokens = tokens
+        self._ids = list(prompt[-self._CONTEXT :])
+        self._read = len(self._ids)
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes; empty while a character is half there."""
+        self._ids.append(token)
+        return self._take(everything=len(self._ids) - self._read > self._PATIENCE)
+
+    def flush(self) -> str:
+        """What is still pending at the end: replacement characters for an unfinished character."""
+        return self._take(everything=True)
+
+    def _take(self, *, everything: bool) -> str:
+        known = self._tokens.decode(self._ids[: self._read], skip_special_tokens=True)
+        text = self._tokens.decode(self._ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not everything:
+            return ""
+        new: str = text[len(known) :]
+        # The piece becomes the context of the next; tokens without text are forgotten, however many come.
+        self._ids = self._ids[self._read :] if new else self._ids[: self._read]
+        self._read = len(self._ids)
+        return new
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; for serving it is only its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str) -> jinja2.Template:
+    """Sandboxed, with the names that HuggingFace's chat templates rely on."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which models were not trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like as text; files hold strings, or objects with their content."""
+    tokens = {}
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(value, dict):
+            value = value.get("content")
+        if key.endswith("_token") and isinstance(value, str):
+            tokens[key] = value
+    return tokens
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,0 +1,275 @@
+"""Block-sparse attention in torch: the definition of what a Selection means; on CPU, what serves."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.model import PAGE_SIZE
+from sparse.base import Chunk, KeyView
+from sparse.selection import ALL, BlockLists, Selection
+
+SCORE_ELEMS = (
+    1 << 24
+)  # scores held at once by the dense fallback: 64 MiB in fp32, whatever the prompt's length
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What attention gives for the rows of a chunk. A row that reads nothing has out 0 and lse -inf."""
+
+    out: Tensor  # [Hq, Tq, D] in the dtype of q
+    lse: Tensor  # [Hq, Tq] float32, natural log of the sum of exp(scale * q.k)
+
+
+def attend(q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scale: float) -> Attended:
+    """Attention of a chunk over the keys that a selection names. q [Hq, Tq, D] after RoPE, any strides.
+
+    Dropped pages are absent: never read, whoever selects them.
+    """
+    assert q.shape[1] == chunk.length and keys.num_tokens >= chunk.start + chunk.length, (q.shape, chunk)
+    if selection.is_dense:
+        return attend_dense(q, chunk.start, keys, scale=scale)
+    exact = selection.exact
+    num_listed = chunk.length - (0 if exact is None else exact.lse.shape[1])  # the exact rows need no work
+    listed = _attend_lists(q[:, :num_listed], chunk.start, keys, selection, scale)
+    if exact is None:
+        return listed
+    out = torch.cat([listed.out, exact.out.to(q.dtype)], dim=1)
+    return Attended(out, torch.cat([listed.lse, exact.lse], dim=1))
+
+
+def attend_dense(q: Tensor, start: int, keys: KeyView, *, scale: float) -> Attended:
+    """Attention of the rows at positions [start, start + T) over every causal key held. q [Hq, T, D]."""
+    k, v = (x[:, : start + q.shape[1]].to(q.dtype) for x in keys.contiguous())  # [Hkv, N, D]
+    grouped = q.view(k.shape[0], -1, *q.shape[1:])  # [Hkv, G, T, D]
+    held = held_tokens(keys, start + q.shape[1])
+    if q.device.type != "cpu" or held is not None:
+        out, lse = _dense_by_rows(grouped, k, v, start, held, scale)
+    else:
+        # The chunk's own keys are causal from its first row on; the past needs no mask at all.
+        out, lse = _flash(grouped, k[:, start:], v[:, start:], scale, is_causal=True)
+        if start:
+            past = _flash(grouped, k[:, :start], v[:, :start], scale, is_causal=False)
+            out, lse = _merge(past, (out, lse))
+    return Attended(out.flatten(0, 1).to(q.dtype), lse.flatten(0, 1).float())
+
+
+def held_tokens(keys: KeyView, num_tokens: int) -> Tensor | None:
+    """Which of the first tokens each row holds: bool [Hkv, num_tokens], or None where it is known to be all.
+
+    Only on CPU is it known for free; elsewhere asking would wait for the device.
+    """
+    held = keys.pages[:, : -(-num_tokens // PAGE_SIZE)] >= 0
+    if held.device.type == "cpu" and bool(held.all()):
+        return None
+    return held.repeat_interleave(PAGE_SIZE, dim=1)[:, :num_tokens]
+
+
+def _attend_lists(q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float) -> Attended:
+    """The rows q [Hq, T, D] from position `start`: the page each row lies in, and the listed keys before it."""
+    if q.shape[1] == 0:
+        return Attended(torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32))
+    own = _attend_own_pages(q, start, keys, selection, scale)
+    out, lse = _merge(own, _attend_past(q, start, keys, selection, scale))
+    return Attended(out.to(q.dtype), lse.float())
+
+
+def _attend_own_pages(
+    q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The page each row lies in, where its list names it: the only one that needs a causal mask. All at once."""
+    num_heads, length, head_dim = q.shape
+    num_kv_heads = keys.pages.shape[0]
+    first_page, end_page = start // PAGE_SIZE, (start + length - 1) // PAGE_SIZE + 1
+    blocks = torch.arange(first_page, end_page, device=q.device)  # [R] the pages that rows lie in
+    pages = keys.pages[:, first_page:end_page].long()  # [Hkv, R]
+    rows = slice(start - first_page * PAGE_SIZE, start - first_page * PAGE_SIZE + length)
+    padded = q.new_zeros(num_heads, blocks.shape[0] * PAGE_SIZE, head_dim)
+    padded[:, rows] = q
+    by_page = padded.view(num_kv_heads, -1, blocks.shape[0], PAGE_SIZE, head_dim).transpose(1, 2)
+    k, v = keys.k_pool[pages.clamp_min(0)], keys.v_pool[pages.clamp_min(0)]  # [Hkv, R, 64, D]
+    # What was never written or is dropped may hold anything, and 0 * NaN is NaN.
+    positions = blocks[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=q.device)
+    v = v.masked_fill((positions >= start + length)[..., None] | (pages < 0)[..., None, None], 0)
+
+    named = _names_page(selection, start, blocks)  # [H, R]
+    named = named.view(min(named.shape[0], num_kv_heads), -1, blocks.shape[0]).transpose(1, 2)
+    named = named & (pages >= 0)[..., None]  # [Hkv, R, G or 1]
+    later = torch.ones(PAGE_SIZE, PAGE_SIZE, dtype=torch.bool, device=q.device).triu(1)
+    hidden = later | ~named[..., None, None]  # [Hkv, R, G or 1, 64, 64]
+    out, lse = softmax_attention(
+        by_page.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), hidden.flatten(0, 1), scale
+    )  # [Hkv * R, G, 64, D], [Hkv * R, G, 64]
+    out = out.view(by_page.shape).transpose(1, 2).reshape(padded.shape)
+    lse = lse.view(by_page.shape[:-1]).transpose(1, 2).reshape(padded.shape[:-1])
+    return out[:, rows], lse[:, rows]
+
+
+def _names_page(selection: Selection, start: int, blocks: Tensor) -> Tensor:
+    """Do the lists for the rows of page blocks[r] name that page itself? bool [H, R]."""
+    lists = selection.pages
+    query_blocks = blocks * PAGE_SIZE // selection.query_block - start // selection.query_block
+    counts, starts = lists.counts[:, query_blocks], lists.starts[:, query_blocks]
+    named = counts == ALL
+    if lists.indices.shape[0]:
+        for place in (1, 2):  # ascending, and a query block spans two pages at most
+            ids = lists.indices[(starts + counts - place).clamp(0, lists.indices.shape[0] - 1)]
+            named = named | ((counts >= place) & (ids == blocks))
+    return named
+
+
+def _attend_past(
+    q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The listed keys before the page each row lies in, one (page of rows, list, KV head) at a time."""
+    num_heads, length, _ = q.shape
+    out = q.new_zeros(q.shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_full(q.shape[:2], float("-inf"), dtype=out.dtype)
+    num_kv_heads, num_lists = keys.pages.shape[0], selection.pages.num_heads
+    group = num_heads // max(num_lists, num_kv_heads)  # query heads that share both their keys and their list
+    reader = _PastReader(keys, selection, start)
+    for page in range(start // PAGE_SIZE, (start + length - 1) // PAGE_SIZE + 1):
+        rows = slice(max(0, page * PAGE_SIZE - start), (page + 1) * PAGE_SIZE - start)
+        for part in range(num_heads // group):
+            heads = slice(part * group, (part + 1) * group)
+            k, v = reader.read(
+                part * num_lists * group // num_heads, part * num_kv_heads * group // num_heads, page
+            )
+            if k.shape[0] == 0:
+                continue
+            k, v = k[None].to(q.dtype), v[None].to(q.dtype)
+            if q.is_cpu:
+                got = _flash(q[None, heads, rows], k, v, scale, is_causal=False)
+            else:
+                got = softmax_attention(q[None, heads, rows], k, v, None, scale)
+            out[heads, rows], lse[heads, rows] = got[0][0], got[1][0]
+    return out, lse
+
+
+class _PastReader:
+    """Copies the listed keys before a page of rows out of the pool. Brings starts and counts to the host, once."""
+
+    def __init__(self, keys: KeyView, selection: Selection, start: int) -> None:
+        self.k_pool, self.v_pool = keys.k_pool, keys.v_pool
+        self.table = keys.pages[:, : -(-keys.num_tokens // PAGE_SIZE)].long()
+        self.any_dropped = bool((self.table < 0).any())
+        self.query_block = selection.query_block
+        self.first_block = start // selection.query_block
+        self.pages, self.units = _HostLists(selection.pages), None
+        if selection.gathered is not None:
+            self.units = _HostLists(selection.gathered)
+        self.offsets = torch.arange(PAGE_SIZE, device=self.table.device)
+
+    def read(self, head: int, kv_head: int, page: int) -> tuple[Tensor, Tensor]:
+        """What list `head` gives to the rows of a page, out of those before it: k and v [n, D], n may be 0."""
+        query_block = page * PAGE_SIZE // self.query_block - self.first_block
+        blocks = self.pages.read(head, query_block)
+        tokens = self.offsets[:0]
+        if blocks is None:
+            pages = self.table[kv_head, :page]
+        else:
+            num_past = blocks.shape[0] - int((blocks[-2:] >= page).sum())
+            pages = self.table[kv_head, blocks[:num_past]]
+            if self.units is not None:
+                tokens = self._tokens(head, kv_head, query_block)
+        if self.any_dropped:
+            pages, tokens = pages[pages >= 0], tokens[tokens >= 0]
+        return self._copy(self.k_pool, pages, tokens), self._copy(self.v_pool, pages, tokens)
+
+    def _tokens(self, head: int, kv_head: int, query_block: int) -> Tensor:
+        """Places of the gathered keys in the flattened pool, negative where dropped: [n] int64."""
+        assert self.units is not None
+        units = self.units.read(head, query_block)
+        assert units is not None, "only pages may be ALL"
+        positions = (units[:, None] * self.units.unit + self.offsets[: self.units.unit]).flatten()
+        return self.table[kv_head, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+
+    def _copy(self, pool: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
+        """Whole pages, then single tokens: [64 * pages + tokens, D]."""
+        if tokens.shape[0] == 0:
+            return pool.index_select(0, pages).flatten(0, 1)
+        num_paged = pages.shape[0] * PAGE_SIZE
+        copy = pool.new_empty(num_paged + tokens.shape[0], pool.shape[2])
+        torch.index_select(pool, 0, pages, out=copy[:num_paged].view(-1, *pool.shape[1:]))
+        torch.index_select(pool.flatten(0, 1), 0, tokens, out=copy[num_paged:])
+        return copy
+
+
+class _HostLists:
+    """Block lists whose starts and counts are Python integers."""
+
+    def __init__(self, lists: BlockLists) -> None:
+        self.starts: list[list[int]] = lists.starts.tolist()
+        self.counts: list[list[int]] = lists.counts.tolist()
+        self.indices = lists.indices.long()
+        self.unit = lists.unit
+
+    def read(self, head: int, block: int) -> Tensor | None:
+        """[n] int64; None means ALL."""
+        start, count = self.starts[head][block], self.counts[head][block]
+        return None if count == ALL else self.indices[start : start + count]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's CPU flash attention, which gives the lse too. q [H, G, T, D]; k, v [H, N, D]; T, N > 0."""
+    expanded = (q.shape[0], q.shape[1], k.shape[1], k.shape[2])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q if q.stride(-1) == 1 else q.contiguous(),
+        k[:, None].expand(expanded),
+        v[:, None].expand(expanded),
+        0.0,
+        is_causal,
+        scale=scale,
+    )
+    return out, lse
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention by its formula, in fp32 (fp64 if given). q [H, G, T, D], k and v [H, N, D].
+
+    hidden bool, broadcasts to [H, G, T, N]; the values of hidden keys must be finite. Gives
+    out [H, G, T, D] and lse [H, G, T] in the dtype of the computation.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = k.to(dtype), v.to(dtype)
+    scores = ((q.to(dtype) * scale).flatten(1, 2) @ k.mT).view(*q.shape[:3], -1)  # [H, G, T, N]
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(
+        top == float("-inf"), 0
+    )  # a row without keys: exp(-inf - 0) = 0, where -inf - -inf is NaN
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1)
+    out = (weights.flatten(1, 2) @ v).view(q.shape)
+    return out / total.clamp_min(torch.finfo(dtype).tiny)[..., None], top[..., 0] + total.log()
+
+
+def _dense_by_rows(
+    q: Tensor, k: Tensor, v: Tensor, start: int, held: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in pieces of rows that keep the scores small. q [Hkv, G, T, D], held [Hkv, N]."""
+    num_heads, length = q.shape[0] * q.shape[1], q.shape[2]
+    step = max(16, SCORE_ELEMS // (num_heads * k.shape[1]))
+    pieces = []
+    for first in range(0, length, step):
+        rows = q[:, :, first : first + step]
+        end = start + first + rows.shape[2]  # the keys that the last of these rows sees
+        positions = torch.arange(end, device=q.device)
+        hidden = positions > positions[end - rows.shape[2] :, None]  # [rows, end]
+        if held is not None:
+            hidden = hidden | ~held[:, None, None, :end]
+        pieces.append(softmax_attention(rows, k[:, :end], v[:, :end], hidden, scale))
+    outs, lses = zip(*pieces, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """One softmax out of two over disjoint keys: pairs of out [..., D] and lse [...]."""
+    lse = torch.logaddexp(a[1], b[1])
+    finite = lse.masked_fill(lse == float("-inf"), 0)  # neither part has a key: both weights come out as 0
+    out = a[0] * (a[1] - finite).exp()[..., None] + b[0] * (b[1] - finite).exp()[..., None]
+    return out, lse
