@@ -24,13 +24,19 @@ constexpr int PAGE_SIZE = 64;
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float LooseFloats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t LooseInts __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint16_t LooseHalves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 inline Ints load(const int32_t* from) { return *reinterpret_cast<const LooseInts*>(from); }
+// From bf16, widened.
+inline Floats load(const uint16_t* from) {
+  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
+}
 inline void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
+inline void store(int32_t* to, Ints x) { *reinterpret_cast<LooseInts*>(to) = x; }
 inline Floats splat(float x) { return x - Floats{}; }  // x + 0 would turn -0 into 0 and could not be folded
 
 inline Floats larger(Floats a, Floats b) {
@@ -57,6 +63,26 @@ inline bool any(Ints mask) {
   int32_t seen = 0;
   for (int lane = 0; lane < LANES; ++lane) seen |= mask[lane];
   return seen != 0;
+}
+
+inline float sum_of(Floats x) {
+#if defined(__AVX512F__) && FARSPAN_LANES == 16
+  return _mm512_reduce_add_ps(x);
+#elif defined(__AVX__) && FARSPAN_LANES == 8
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
+
+inline float largest_of(Floats x) {
+  float largest = x[0];
+  for (int lane = 1; lane < LANES; ++lane) largest = x[lane] > largest ? x[lane] : largest;
+  return largest;
 }
 
 // 2^x to 1e-7 of itself for x < 128; exactly 0 for x <= -127, -inf included.
@@ -87,6 +113,13 @@ inline uint16_t float_to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Pairs of bf16, the even one in the low half, rounded as above. Of finite values.
+inline Ints pair_of_bf16(Floats even, Floats odd) {
+  const Ints low = reinterpret_cast<Ints>(even), high = reinterpret_cast<Ints>(odd);
+  const Ints rounded_low = low + 0x7fff + ((low >> 16) & 1), rounded_high = high + 0x7fff + ((high >> 16) & 1);
+  return ((rounded_low >> 16) & 0xffff) | (rounded_high & ~0xffff);
 }
 
 inline void widen(const uint16_t* from, float* to, int64_t count) {

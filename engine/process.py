@@ -37,6 +37,7 @@ def main() -> None:
     config = ServeConfig.model_validate_json(sys.stdin.read())
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)  # nothing is lost, and no step waits, while the server is busy
     socket.linger = 2000  # milliseconds for the last words to leave
     socket.connect(sys.argv[1])
     try:

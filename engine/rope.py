@@ -1,4 +1,5 @@
-"""Taking a rotation back: queries and keys as they were before RoPE, for methods that score unrotated ones."""
+"""Taking a rotation back: queries and keys as they were before RoPE, for methods that score unrotated
+ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ class Rope:
         return cls(embedding.inv_freq.float(), float(embedding.attention_scaling))
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [H, T, D] after RoPE, positions [T] -> [H, T, D] before. The rotation is orthogonal up to scaling."""
+        """x [H, T, D] after RoPE, positions [T] -> [H, T, D] before. The rotation is orthogonal up to
+        scaling."""
         angles = positions[:, None] * self.frequencies  # [T, R / 2]
         cos, sin = angles.cos(), angles.sin()
         half = self.frequencies.numel()

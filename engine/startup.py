@@ -112,7 +112,8 @@ def _dtype(asked: str, device: str) -> str:
     """bfloat16 where the device multiplies it natively; elsewhere it is slower than float32."""
     if device == "cpu" and asked == "float16":
         raise ConfigError(
-            "engine.dtype: float16 is two to three times slower than float32 on a CPU; use float32 or bfloat16"
+            "engine.dtype: float16 is two to three times slower than float32 on a CPU;"
+            " use float32 or bfloat16"
         )
     if asked != "auto":
         return asked
@@ -165,7 +166,8 @@ def _fit_length(
         )
     if longest < WARM_UP_TOKENS + PAGE_SIZE:
         raise ConfigError(
-            f"cache.kv_cache_memory_bytes: {num_pages} pages hold {longest} tokens of context; that is too few to serve"
+            f"cache.kv_cache_memory_bytes: {num_pages} pages hold {longest} tokens of context;"
+            " that is too few to serve"
         )
     log.warning("context is cut to the %d tokens that the cache can hold", longest)
     return replace(model, max_length=longest)

@@ -11,7 +11,6 @@ Everything here runs between forwards, except `view` and `write`, which use what
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,7 @@ from kvcache.decode import Rows
 from kvcache.origins import Origins
 from kvcache.pool import PagePool, pages_for
 from kvcache.state import StateRegistry
-from kvcache.table import PageTable, SlotArray
+from kvcache.table import PageTable, SlotArray, Slots
 from kvcache.view import KeyView
 
 
@@ -134,7 +133,7 @@ class KVCache:
         self.table.touch(slot)
         self._reserved[slot] = last
 
-    def reserve_next(self, slots: Sequence[int]) -> None:
+    def reserve_next(self, slots: Slots) -> None:
         """Decode: every row of these slots whose pages are full gets one more."""
         index = np.asarray(slots, dtype=np.int64)
         for slot in slots:
@@ -160,7 +159,7 @@ class KVCache:
         pages = self.table.device[slot].index_select(2, position // PAGE_SIZE).long()
         return pages * PAGE_SIZE + position % PAGE_SIZE
 
-    def decode_destinations(self, slots: Sequence[int]) -> Tensor:
+    def decode_destinations(self, slots: Slots) -> Tensor:
         """Where one new token of each of B slots goes: int64 [L, B, Hkv], page * PAGE_SIZE + offset."""
         index = np.asarray(slots, dtype=np.int64)
         held = self.held.host[index].swapaxes(0, 1)  # [L, B, Hkv]
@@ -170,7 +169,7 @@ class KVCache:
         destinations = pages.astype(np.int64) * PAGE_SIZE + held % PAGE_SIZE
         return torch.from_numpy(destinations).to(self.table.device.device)
 
-    def decode_rows(self, slots: Sequence[int]) -> Rows:
+    def decode_rows(self, slots: Slots) -> Rows:
         """What one decode step over B slots reads, its new tokens included."""
         assert not self.table.is_stale and not self.held.is_stale
         index = torch.tensor(slots, dtype=torch.int64, device=self.table.device.device)
@@ -178,8 +177,8 @@ class KVCache:
         pages = self.table.device[..., : pages_for(max_held)].transpose(0, 1)
         return Rows(
             slots=index,
-            pages=pages[:, index],
-            held=self.held.device.transpose(0, 1)[:, index] + 1,
+            pages=pages[:, index].contiguous(),
+            held=(self.held.device.transpose(0, 1)[:, index] + 1).contiguous(),
             max_held=max_held,
         )
 
@@ -221,7 +220,7 @@ class KVCache:
 
     # After a forward.
 
-    def advance(self, slots: int | Sequence[int], tokens: int) -> None:
+    def advance(self, slots: int | Slots, tokens: int) -> None:
         """So many new tokens of each of these slots were computed, and are held by every row."""
         self.computed[slots] += tokens
         self.held.host[slots] += tokens

@@ -76,13 +76,19 @@ def attend_rows(
     num_rows, group_size = held.numel(), num_heads // held.shape[1]
     assert group_size * held.shape[1] == num_heads and pages.shape[:2] == held.shape
     assert max_held <= pages.shape[2] * PAGE_SIZE, f"{max_held} tokens in {pages.shape[2]} pages"
-    queries = q.reshape(num_rows, group_size, head_dim)
+    queries = (q.float() * scale).reshape(num_rows, group_size, head_dim)
     lengths = held.reshape(num_rows)
     row_pages = pages.reshape(num_rows, -1)
     out = q.new_zeros(num_rows, group_size, head_dim)
-    for rows, num_pages in _groups(lengths, head_dim):
+    groups = _groups(lengths, head_dim)
+    most_pages = max((len(rows) * num_pages for rows, num_pages in groups), default=0)
+    gathered = k_pool.new_empty(
+        most_pages, PAGE_SIZE, head_dim
+    )  # reused: fresh memory costs more than the copy
+    for rows, num_pages in groups:
         ids = row_pages[rows, :num_pages].clamp(min=0)
-        out[rows] = _attend_group(queries[rows], k_pool, v_pool, ids, lengths[rows], scale).to(q.dtype)
+        result = _attend_group(queries[rows], k_pool, v_pool, ids, lengths[rows], gathered)
+        out[rows] = result.to(q.dtype)
     return out.view(batch, num_heads, head_dim)
 
 
@@ -101,16 +107,19 @@ def _groups(lengths: Tensor, head_dim: int) -> list[tuple[Tensor, int]]:
 
 
 def _attend_group(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, lengths: Tensor, scale: float
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, lengths: Tensor, gathered: Tensor
 ) -> Tensor:
-    """q [n, G, D], pages [n, P], lengths [n] in [1, P * PAGE_SIZE] -> float32 [n, G, D]."""
-    num_rows, num_pages = pages.shape
-    shape = (num_rows, num_pages * PAGE_SIZE, q.shape[2])
+    """q [n, G, D] float32, scaled; pages [n, P]; lengths [n] in [1, P * PAGE_SIZE] -> float32 [n, G, D].
+
+    gathered [at least n * P, PAGE_SIZE, D] is overwritten: first with the keys, then with the values.
+    """
+    gathered = gathered[: pages.numel()]
+    shape = (pages.shape[0], pages.shape[1] * PAGE_SIZE, q.shape[2])
     unheld = torch.arange(shape[1], device=q.device) >= lengths[:, None]  # [n, tokens]
-    keys = k_pool.index_select(0, pages.flatten()).view(shape).float()
-    scores = torch.bmm(q.float() * scale, keys.transpose(1, 2))
+    keys = torch.index_select(k_pool, 0, pages.flatten(), out=gathered).view(shape)
+    scores = torch.bmm(q, keys.float().transpose(1, 2))
     weights = scores.masked_fill_(unheld.unsqueeze(1), -torch.inf).softmax(-1)
-    values = v_pool.index_select(0, pages.flatten()).view(shape).float()
+    values = torch.index_select(v_pool, 0, pages.flatten(), out=gathered).view(shape)
     # What is not held may be anything, and 0 * NaN is NaN. Few tokens per row: by index, not by mask.
     values.flatten(0, 1).index_fill_(0, unheld.flatten().nonzero().squeeze(1), 0)
-    return torch.bmm(weights, values)
+    return torch.bmm(weights, values.float())

@@ -74,11 +74,11 @@ def window_votes(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """
     num_kv_heads, num_tokens, head_dim = k.shape
     window = q.shape[1]
-    queries = q.reshape(num_kv_heads, -1, window, head_dim)
+    queries = (q.float() * scale).reshape(num_kv_heads, -1, window, head_dim)
     votes = torch.empty(num_kv_heads, num_tokens - window, dtype=torch.float32, device=q.device)
     future = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)
     for head in range(num_kv_heads):  # one at a time bounds the scores: G * W * N floats
-        scores = queries[head].float() @ k[head].float().T * scale  # [G, W, N]
+        scores = queries[head] @ k[head].float().T  # [G, W, N]
         scores[..., -window:].masked_fill_(future, -torch.inf)
         votes[head] = scores.softmax(-1)[..., :-window].mean((0, 1))
     return votes

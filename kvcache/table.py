@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Slots = int | Sequence[int] | NDArray[np.int64]
+Slots = Sequence[int] | NDArray[np.int64]
 
 
 class SlotArray:
@@ -32,7 +32,7 @@ class SlotArray:
         """The device does not yet know what the host wrote."""
         return not self._is_shared and bool(self._touched.any())
 
-    def touch(self, slots: Slots) -> None:
+    def touch(self, slots: int | Slots) -> None:
         """The host rows of these slots were written."""
         self._touched[slots] = True
 

@@ -57,7 +57,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
     "vllm_xargs": ({},),
 }
-_CHAT_NOTHING = _NOTHING | {
+CHAT_NOTHING = _NOTHING | {
     "tools": ([],),
     "tool_choice": ("none", "auto"),  # without tools
     "parallel_tool_calls": (True, False),
@@ -77,7 +77,7 @@ _CHAT_NOTHING = _NOTHING | {
     "documents": ([],),
     "echo": (False,),
 }
-_TEXT_NOTHING = _NOTHING | {
+TEXT_NOTHING = _NOTHING | {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -110,7 +110,11 @@ class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
-    refusal: None = None  # as our own replies carry them, so that a reply can be sent back
+    # What replies carry and SDKs send back with them: accepted while empty.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[None], Field(max_length=0)] | None = None
     tool_calls: Annotated[list[None], Field(max_length=0)] | None = None
 
     @field_validator("content", mode="before")
@@ -219,12 +223,12 @@ _Request = TypeVar("_Request", bound=Request)
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:
     """The checked request, or BadRequest with the field to blame."""
-    return _check(ChatCompletionRequest, _decode(body), _CHAT_NOTHING)
+    return _check(ChatCompletionRequest, _decode(body), CHAT_NOTHING)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """The checked request, or BadRequest with the field to blame."""
-    return _check(CompletionRequest, _decode(body), _TEXT_NOTHING)
+    return _check(CompletionRequest, _decode(body), TEXT_NOTHING)
 
 
 def _decode(body: bytes) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def held_tokens(keys: KeyView, num_tokens: int) -> Tensor | None:
 
 
 def _attend_lists(q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float) -> Attended:
-    """The rows q [Hq, T, D] from position `start`: the page each row lies in, and the listed keys before it."""
+    """The rows q [Hq, T, D] from position `start`: the page that each lies in, and the listed keys before."""
     if q.shape[1] == 0:
         return Attended(torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32))
     own = _attend_own_pages(q, start, keys, selection, scale)
@@ -78,7 +78,7 @@ def _attend_lists(q: Tensor, start: int, keys: KeyView, selection: Selection, sc
 def _attend_own_pages(
     q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The page each row lies in, where its list names it: the only one that needs a causal mask. All at once."""
+    """The page that each row lies in, if its list names it: the only one that needs a causal mask."""
     num_heads, length, head_dim = q.shape
     num_kv_heads = keys.pages.shape[0]
     first_page, end_page = start // PAGE_SIZE, (start + length - 1) // PAGE_SIZE + 1
@@ -122,7 +122,7 @@ def _names_page(selection: Selection, start: int, blocks: Tensor) -> Tensor:
 def _attend_past(
     q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The listed keys before the page each row lies in, one (page of rows, list, KV head) at a time."""
+    """The listed keys before the page that each row lies in: page by page of rows, list by list."""
     num_heads, length, _ = q.shape
     out = q.new_zeros(q.shape, dtype=torch.promote_types(q.dtype, torch.float32))
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=out.dtype)
@@ -148,7 +148,7 @@ def _attend_past(
 
 
 class _PastReader:
-    """Copies the listed keys before a page of rows out of the pool. Brings starts and counts to the host, once."""
+    """Copies the listed keys before a page of rows out of the pool. The lists' lengths go to the host."""
 
     def __init__(self, keys: KeyView, selection: Selection, start: int) -> None:
         self.k_pool, self.v_pool = keys.k_pool, keys.v_pool
@@ -162,7 +162,7 @@ class _PastReader:
         self.offsets = torch.arange(PAGE_SIZE, device=self.table.device)
 
     def read(self, head: int, kv_head: int, page: int) -> tuple[Tensor, Tensor]:
-        """What list `head` gives to the rows of a page, out of those before it: k and v [n, D], n may be 0."""
+        """What list `head` gives to the rows of a page, of the keys before it: k and v [n, D], n may be 0."""
         query_block = page * PAGE_SIZE // self.query_block - self.first_block
         blocks = self.pages.read(head, query_block)
         tokens = self.offsets[:0]

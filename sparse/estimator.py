@@ -43,7 +43,9 @@ def estimate(q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float
     weights = buffer[..., pad:]  # [Hq, R, N]
     num_kv_heads = k.shape[0]
     torch.baddbmm(
-        exact.lse.to(dtype).neg().view(num_kv_heads, -1, 1),  # scores less their lse: exp gives the softmax
+        exact.lse.to(dtype)
+        .neg()
+        .reshape(num_kv_heads, -1, 1),  # scores less their lse: exp gives the softmax
         q_rows.to(dtype).reshape(num_kv_heads, -1, k.shape[2]),
         k.mT,
         alpha=scale,

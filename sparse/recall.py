@@ -43,7 +43,7 @@ def recall(q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scal
     """
     rows = recall_rows(chunk, selection).to(q.device)
     num_tokens = chunk.start + chunk.length
-    if selection.is_dense:
+    if selection.is_dense or rows.shape[0] == 0:
         return torch.ones(q.shape[0], rows.shape[0], device=q.device)
     k = keys.contiguous()[0][:, :num_tokens].float()  # [Hkv, N, D]
     num_kv_heads = k.shape[0]

@@ -86,7 +86,7 @@ def dense(device: torch.device) -> Selection:
 def pack(ids: Tensor, keep: Tensor, width: int) -> Tensor:
     """Move kept ids to the front, in order: [..., U] -> int32 [..., width], zeros behind. No host sync.
 
-    ids broadcasts to keep; a row keeps at most `width` ids.
+    ids broadcasts to keep, whose rows may not keep more than `width` ids.
     """
     rank = keep.cumsum(-1) - 1  # [..., U] place of a kept id among the kept
     place = torch.where(keep, rank, width)  # those not kept share one extra place, cut off below

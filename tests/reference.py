@@ -1,4 +1,4 @@
-"""The slow, obvious attention: dense, with any mask, in the precision of its inputs. The judge of all others."""
+"""The slow, obvious attention: dense, with any mask, in the precision of its inputs. It judges the others."""
 
 import torch
 from torch import Tensor

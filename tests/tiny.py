@@ -1,11 +1,13 @@
 """Tiny random HuggingFace models, and the parts of an engine around one: real code, no downloads,
 milliseconds."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -22,6 +24,10 @@ from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
 
 VOCAB = 256
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 SIZES = dict(
     vocab_size=VOCAB,
     hidden_size=96,
@@ -49,8 +55,15 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
 
 
 def save_tiny(folder: Path, family: str = "llama", **overrides: Any) -> Path:
-    """A model folder as HuggingFace writes it (no tokenizer)."""
+    """A model folder as HuggingFace writes it, with a tokenizer of one token per byte."""
     tiny_model(family, **overrides).save_pretrained(folder)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     return folder
 
 

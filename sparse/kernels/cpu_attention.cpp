@@ -1,24 +1,22 @@
-// Block-sparse attention on CPU: one task per (KV head, query heads, query block), the longest list first.
+// Block-sparse attention on CPU: one task per (query heads that share their keys, query block), longest list first.
 //
-// The heads of a task read the same keys, so their rows stand interleaved, row = token * heads + head: positions
-// ascend, and a page of keys is loaded once for all of them. fp32 in cpu_panels.h; bf16 through brgemm in cpu_bf16.h,
-// and where the processor has no bf16 instructions, widened page by page into fp32.
+// The heads of a task read the same keys, so their rows stand interleaved and a page is loaded once for all of them.
+// fp32 in cpu_panels.h; bf16 by brgemm in cpu_bf16.h, or, where the processor has no bf16 instructions, widened page
+// by page into fp32.
 #include <atomic>
-#include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "cpu_bf16.h"
 #include "cpu_panels.h"
 
-using namespace farspan;
-
 namespace {
 
+using namespace farspan;
+
 constexpr int32_t ALL = -1;
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr double LN_2 = 0.6931471805599453;
+
+// A position before every row's: keys that need no mask are said to start there.
+constexpr int64_t PAST = INT32_MIN;
 
 // Rows x head_dim of a task: its queries and sums must stay in a core's L2 beside the pages that pass through.
 constexpr int64_t MOST_ELEMENTS = 384 * 64;
@@ -27,28 +25,28 @@ constexpr int64_t MOST_ELEMENTS = 384 * 64;
 
 extern "C" {
 
-struct Lists {             // see sparse/selection.py: BlockLists
+struct Lists {             // see BlockLists in sparse/selection.py
   const int64_t* starts;   // [H][B]
   const int32_t* counts;   // [H][B]
   const int32_t* indices;  // unit ids
-  int64_t unit;            // 0: there is no such part
+  int64_t unit;            // keys per unit; 0 = there is no such part
 };
 
-struct AttentionCall {     // mirrored by sparse/kernels/cpu.py
-  const void* q;           // [Hq][rows][D], last dimension contiguous
-  const void* k_pool;      // [pages][PAGE_SIZE][D]
+struct AttentionCall {     // mirrored in cpu.py
+  const void* q;           // [Hq][.][D]
+  const void* k_pool;      // [num_pages][PAGE_SIZE][D]
   const void* v_pool;
   const int32_t* pages;    // [Hkv][num_blocks], -1 = dropped
-  void* out;               // [Hq][.][D] as q
-  float* lse;              // [Hq][.]
-  Lists whole;             // whole pages; unit 0 = dense
+  void* out;               // [Hq][out_tokens][D] as q
+  float* lse;              // [Hq][out_tokens]
+  Lists whole;             // whole pages; unit 0 = every causal key
   Lists gathered;
-  int64_t q_head_stride, q_row_stride;
-  int64_t out_rows;        // rows of out and lse per head
-  int64_t start, rows;     // positions [start, start + rows)
-  int64_t num_heads, num_kv_heads, num_lists, num_blocks, head_dim, query_block;
+  int64_t q_head_stride, q_token_stride, out_tokens;
+  int64_t start, length;   // the rows at positions [start, start + length)
+  int64_t num_heads, num_kv_heads, head_dim, num_blocks;
+  int64_t num_lists, num_query_blocks, query_block;
   float scale;
-  int32_t q_is_bf16, pool_is_bf16, use_brgemm, threads;
+  int32_t q_is_bf16, pool_is_bf16, use_brgemm, num_threads;
 };
 
 }  // extern "C"
@@ -56,43 +54,142 @@ struct AttentionCall {     // mirrored by sparse/kernels/cpu.py
 namespace {
 
 struct Task {
-  int64_t first_head, num_heads;
-  int64_t list;         // index into starts and counts, [H][B] flattened
-  int64_t first, last;  // positions of its rows, last included
-  int64_t num_keys;     // about how many each row reads: the order of tasks
+  int64_t first_head, num_heads, kv_head;
+  int64_t list;         // [H][B], flattened
+  int64_t first, last;  // positions of its rows, the last included
+  int64_t cost;
 };
 
-int64_t entry(const Lists& lists, int64_t list, int64_t i) { return lists.indices[lists.starts[list] + i]; }
+int32_t num_whole(const AttentionCall& call, int64_t list) { return call.whole.unit ? call.whole.counts[list] : ALL; }
 
-int32_t num_listed(const Lists& lists, int64_t list) { return lists.unit ? lists.counts[list] : ALL; }
-
-std::vector<Task> plan(const AttentionCall& call) {
+std::vector<Task> tasks_of(const AttentionCall& call) {
   const int64_t group = call.num_heads / std::max(call.num_kv_heads, call.num_lists);
-  const int64_t elements = group * std::min(call.query_block, call.rows) * call.head_dim;
-  const int64_t parts = std::min(group, (elements + MOST_ELEMENTS - 1) / MOST_ELEMENTS);
-  const int64_t heads = (group + parts - 1) / parts;
-  const int64_t first_block = call.start / call.query_block;
-  const int64_t last_block = (call.start + call.rows - 1) / call.query_block;
-  const int64_t num_query_blocks = call.whole.unit ? call.whole_blocks : last_block - first_block + 1;
+  const int64_t elements = group * std::min(call.query_block, call.length) * call.head_dim;
+  const int64_t parts = std::clamp<int64_t>((elements + MOST_ELEMENTS - 1) / MOST_ELEMENTS, 1, group);
+  const int64_t most_heads = (group + parts - 1) / parts;
   std::vector<Task> tasks;
   for (int64_t base = 0; base < call.num_heads; base += group)
-    for (int64_t head = base; head < base + group; head += heads)
-      for (int64_t block = first_block; block <= last_block; ++block) {
+    for (int64_t head = base; head < base + group; head += most_heads)
+      for (int64_t block = 0; block < call.num_query_blocks; ++block) {
+        const int64_t block_start = (call.start / call.query_block + block) * call.query_block;
         Task task;
         task.first_head = head;
-        task.num_heads = std::min(heads, base + group - head);
-        task.list = head * call.num_lists / call.num_heads * num_query_blocks + block - first_block;
-        task.first = std::max(call.start, block * call.query_block);
-        task.last = std::min(call.start + call.rows, (block + 1) * call.query_block) - 1;
-        const int32_t count = num_listed(call.whole, task.list);
-        task.num_keys = count == ALL ? task.last + 1 : count * PAGE_SIZE;
-        if (count != ALL && call.gathered.unit) task.num_keys += call.gathered.counts[task.list] * call.gathered.unit;
+        task.num_heads = std::min(most_heads, base + group - head);
+        task.kv_head = head * call.num_kv_heads / call.num_heads;
+        task.list = head * call.num_lists / call.num_heads * call.num_query_blocks + block;
+        task.first = std::max(call.start, block_start);
+        task.last = std::min(call.start + call.length, block_start + call.query_block) - 1;
+        if (task.first > task.last) continue;  // only rows behind `length`
+        const int32_t count = num_whole(call, task.list);
+        int64_t num_keys = count == ALL ? task.last + 1 : int64_t{PAGE_SIZE} * count;
+        if (count != ALL && call.gathered.unit) num_keys += call.gathered.counts[task.list] * call.gathered.unit;
+        task.cost = num_keys * task.num_heads * (task.last - task.first + 1);
         tasks.push_back(task);
       }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
-    return a.num_keys * a.num_heads > b.num_keys * b.num_heads;
-  });
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   return tasks;
 }
 
+template <typename Element, typename Rows>
+class Worker {
+ public:
+  Worker(const AttentionCall& call, int64_t most_rows)
+      : call_(call),
+        factor_(call.scale * LOG2_E),
+        page_elements_(PAGE_SIZE * call.head_dim),
+        rows_(most_rows, call.head_dim),
+        staged_k_(page_elements_),
+        staged_v_(page_elements_) {}
+
+  void run(const Task& task) {
+    const int64_t offset = task.first - call_.start;
+    const int64_t first = task.first_head * call_.q_head_stride + offset * call_.q_token_stride;
+    const int64_t place = task.first_head * call_.out_tokens + offset;
+    const bool bf16 = call_.q_is_bf16;
+    rows_.begin({bf16 ? static_cast<const void*>(static_cast<const uint16_t*>(call_.q) + first)
+                      : static_cast<const float*>(call_.q) + first,
+                 bf16, call_.q_head_stride, call_.q_token_stride, task.num_heads, task.last - task.first + 1,
+                 task.first});
+    const int32_t count = num_whole(call_, task.list);
+    const int64_t last_block = task.last / PAGE_SIZE;
+    if (count == ALL) {
+      for (int64_t block = 0; block <= last_block; ++block) read_page(task, block);
+    } else {
+      const int32_t* blocks = call_.whole.indices + call_.whole.starts[task.list];
+      for (int32_t i = 0; i < count && blocks[i] <= last_block; ++i) read_page(task, blocks[i]);
+      if (call_.gathered.unit) read_gathered(task);
+    }
+    rows_.finish({bf16 ? static_cast<void*>(static_cast<uint16_t*>(call_.out) + place * call_.head_dim)
+                       : static_cast<float*>(call_.out) + place * call_.head_dim,
+                  call_.lse + place, bf16, call_.out_tokens});
+  }
+
+ private:
+  // Offset of the page in the pools, or -1 if it is dropped.
+  int64_t page_at(const Task& task, int64_t block) const {
+    const int64_t page = call_.pages[task.kv_head * call_.num_blocks + block];
+    return page < 0 ? -1 : page * page_elements_;
+  }
+
+  void read_page(const Task& task, int64_t block) {
+    const int64_t page = page_at(task, block);
+    if (page < 0) return;
+    const int64_t first = block * PAGE_SIZE;
+    const int num_keys = static_cast<int>(std::min<int64_t>(PAGE_SIZE, task.last - first + 1));
+    rows_.attend(static_cast<const Element*>(call_.k_pool) + page, static_cast<const Element*>(call_.v_pool) + page,
+                 first, num_keys, factor_);
+  }
+
+  // Units are copied side by side into a page, which is then read like any other.
+  void read_gathered(const Task& task) {
+    const Lists& lists = call_.gathered;
+    const int64_t start = lists.starts[task.list];
+    const int64_t unit_elements = lists.unit * call_.head_dim;
+    int64_t staged = 0;
+    for (int32_t i = 0; i < lists.counts[task.list]; ++i) {
+      const int64_t position = lists.indices[start + i] * lists.unit;
+      const int64_t page = page_at(task, position / PAGE_SIZE);
+      if (page < 0) continue;
+      const int64_t from = page + position % PAGE_SIZE * call_.head_dim;
+      std::memcpy(&staged_k_[staged], static_cast<const Element*>(call_.k_pool) + from, unit_elements * sizeof(Element));
+      std::memcpy(&staged_v_[staged], static_cast<const Element*>(call_.v_pool) + from, unit_elements * sizeof(Element));
+      staged += unit_elements;
+      if (staged == page_elements_) {
+        rows_.attend(&staged_k_[0], &staged_v_[0], PAST, PAGE_SIZE, factor_);
+        staged = 0;
+      }
+    }
+    if (staged) rows_.attend(&staged_k_[0], &staged_v_[0], PAST, static_cast<int>(staged / call_.head_dim), factor_);
+  }
+
+  const AttentionCall& call_;
+  float factor_;
+  int64_t page_elements_;
+  Rows rows_;
+  Buffer<Element> staged_k_, staged_v_;
+};
+
+template <typename Element, typename Rows>
+void run_all(const AttentionCall& call) {
+  const std::vector<Task> tasks = tasks_of(call);
+  int64_t most_rows = 0;
+  for (const Task& task : tasks) most_rows = std::max(most_rows, task.num_heads * (task.last - task.first + 1));
+  std::atomic<size_t> next{0};
+  const int num_threads = static_cast<int>(std::min<size_t>(call.num_threads, tasks.size()));
+#pragma omp parallel num_threads(num_threads)
+  {
+    Worker<Element, Rows> worker(call, most_rows);
+    for (size_t i = next++; i < tasks.size(); i = next++) worker.run(tasks[i]);
+  }
+}
+
 }  // namespace
+
+extern "C" void farspan_attend(const AttentionCall* call) {
+  if (!call->pool_is_bf16)
+    run_all<float, PanelRows>(*call);
+  else if (call->use_brgemm)
+    run_all<uint16_t, BrgemmRows>(*call);
+  else
+    run_all<uint16_t, PanelRows>(*call);
+}

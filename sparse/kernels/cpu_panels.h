@@ -2,9 +2,6 @@
 //
 //   scores [keys][lanes] = K [keys][D] . Q [D][lanes]        K and V are read where they lie, as scalars to broadcast;
 //   out    [D][lanes]   += V [keys][D]^T . P [keys][lanes]   only Q is transposed, once per task.
-//
-// Every row lives in one lane, so maximum, sum and rescaling need no reduction across lanes, and what one row does
-// never touches another: a row's result is bit for bit the same whatever stands beside it.
 #pragma once
 #include <algorithm>
 
@@ -33,8 +30,8 @@ inline void multiply(const float* a, int64_t stride_i, int64_t stride_k, const f
     for (int j = 0; j < VECTORS; ++j) store(c + (i * VECTORS + j) * LANES, sums[i][j]);
 }
 
-// One panel over the keys at positions [first, first + num_keys). k and v [PAGE_SIZE][D]; what lies behind num_keys
-// may be anything: its scores are not looked at, its values not read.
+// One panel over the keys at positions [first, first + num_keys). q [D][lanes], k and v [PAGE_SIZE][D]; what lies
+// behind num_keys may be anything: its scores are not looked at, its values not read.
 template <int VECTORS>
 void attend_panel(const float* q, const Lanes& lanes, const float* k, const float* v, int64_t head_dim, int64_t first,
                   int num_keys, float factor) {
@@ -44,7 +41,7 @@ void attend_panel(const float* q, const Lanes& lanes, const float* k, const floa
   alignas(64) float scores[PAGE_SIZE * WIDTH];
   for (int key = 0; key < visible.any; key += TILE)
     multiply<TILE, VECTORS, false>(k + key * head_dim, head_dim, 1, q, scores + key * WIDTH, head_dim);
-  to_weights<VECTORS>(scores, WIDTH, lanes, WIDTH, head_dim, first, visible, factor);
+  to_weights<VECTORS>(scores, WIDTH, lanes, head_dim, first, visible, factor);
   int64_t d = 0;
   for (; d + TILE <= head_dim; d += TILE)
     multiply<TILE, VECTORS, true>(v + d, 1, head_dim, scores, lanes.out + d * WIDTH, visible.any);
@@ -52,22 +49,22 @@ void attend_panel(const float* q, const Lanes& lanes, const float* k, const floa
     multiply<1, VECTORS, true>(v + d, 1, head_dim, scores, lanes.out + d * WIDTH, visible.any);
 }
 
-// The rows of one task in panels of PANEL lanes, the last one narrower.
+// The rows of one task, as panels of PANEL lanes; the last may be narrower.
 class PanelRows {
  public:
   PanelRows(int64_t capacity, int64_t head_dim)
       : head_dim_(head_dim),
         state_(capacity),
-        q_(state_.capacity() * head_dim),
-        out_(state_.capacity() * head_dim),
+        q_(RowState::round_up(capacity) * head_dim),
+        out_(RowState::round_up(capacity) * head_dim),
         widened_(2 * PAGE_SIZE * head_dim) {}
 
   void begin(const Queries& queries) {
     state_.begin(queries);
-    out_.clear(state_.padded() * head_dim_);
+    std::fill_n(&out_[0], state_.padded() * head_dim_, 0.0f);
     for (int64_t first = 0; first < state_.padded(); first += PANEL) {
-      float* panel = &q_[first * head_dim_];
       const int64_t width = state_.width(first);
+      float* panel = &q_[first * head_dim_];
       for (int64_t lane = 0; lane < width; ++lane)
         for (int64_t d = 0; d < head_dim_; ++d)
           panel[d * width + lane] = first + lane < queries.num_rows() ? queries.at(first + lane, d) : 0.0f;
@@ -76,9 +73,10 @@ class PanelRows {
 
   void attend(const float* k, const float* v, int64_t first_position, int num_keys, float factor) {
     for (int64_t first = 0; first < state_.padded(); first += PANEL) {
-      const Lanes lanes = state_.lanes(first, &out_[first * head_dim_]);
+      const int64_t width = state_.width(first);
       const float* q = &q_[first * head_dim_];
-      switch (state_.width(first) / LANES) {
+      const Lanes lanes = state_.lanes(first, &out_[first * head_dim_], width);
+      switch (width / LANES) {
         case 3: attend_panel<3>(q, lanes, k, v, head_dim_, first_position, num_keys, factor); break;
         case 2: attend_panel<2>(q, lanes, k, v, head_dim_, first_position, num_keys, factor); break;
         default: attend_panel<1>(q, lanes, k, v, head_dim_, first_position, num_keys, factor);
@@ -95,18 +93,15 @@ class PanelRows {
   }
 
   void finish(const Results& results) const {
-    for (int64_t row = 0; row < state_.num_rows(); ++row) {
-      const int64_t first = row / PANEL * PANEL;
-      state_.write(row, &out_[first * head_dim_ + row - first], state_.width(first), head_dim_, results);
-    }
+    for (int64_t first = 0; first < state_.padded(); first += PANEL)
+      state_.write(first, &out_[first * head_dim_], state_.width(first), head_dim_, results);
   }
 
  private:
   int64_t head_dim_;
   RowState state_;
-  Floats1d q_;        // per panel [D][width]
-  Floats1d out_;      // per panel [D][width], not yet divided by the sum of weights
-  Floats1d widened_;  // [2][PAGE_SIZE][D]: a bf16 page of keys, and one of values
+  Buffer<float> q_, out_;  // per panel [D][width]
+  Buffer<float> widened_;  // [2][PAGE_SIZE][D]: a bf16 page of keys, and one of values
 };
 
 }  // namespace farspan

@@ -1,16 +1,18 @@
-// Rows: the query rows of one task, one per vector lane: their positions, and the running maximum and sum of a softmax.
+// Rows: the query rows of one task, one per vector lane, and the online softmax that runs over their scores.
+//
+// Every row lives in one lane, so maximum, sum and rescaling need no reduction across lanes, and what one row does
+// never touches another: a row's result is bit for bit the same whatever stands beside it.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <vector>
 
 #include "native.h"
 
 namespace farspan {
 
-constexpr int PANEL_VECTORS = 3;
+constexpr int PANEL_VECTORS = 3;  // vectors of rows that are worked on together
 constexpr int PANEL = PANEL_VECTORS * LANES;
 
 // A row's maximum is raised only when a score passes it by this much (log2): rescaling is rare, weights stay below 2^8.
@@ -24,10 +26,9 @@ template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : memory_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64 + 64)), std::free) {}
+      : memory_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 127) / 64 * 64)), std::free) {}
   T& operator[](int64_t i) { return memory_.get()[i]; }
   const T& operator[](int64_t i) const { return memory_.get()[i]; }
-  void clear(int64_t size) { std::memset(memory_.get(), 0, size * sizeof(T)); }
 
  private:
   std::unique_ptr<T, decltype(&std::free)> memory_;
@@ -41,16 +42,138 @@ struct Queries {
   int64_t first_position;
 
   int64_t num_rows() const { return num_heads * num_tokens; }
+
   float at(int64_t row, int64_t d) const {
     const int64_t offset = row % num_heads * head_stride + row / num_heads * token_stride + d;
     return is_bf16 ? bf16_to_float(static_cast<const uint16_t*>(q)[offset]) : static_cast<const float*>(q)[offset];
   }
 };
 
-// Where the task's rows go.
+// Where the rows of a task go.
 struct Results {
-  void* out;  // [heads][tokens][D]
-  float* lse;  // [heads][tokens]
+  void* out;  // [heads][head_tokens][D], from the task's first head and token on
+  float* lse;  // [heads][head_tokens]
   bool is_bf16;
-  int64_t head_tokens;  // tokens per head in out and lse
+  int64_t head_tokens;
 };
+
+struct Visible {
+  int any;  // keys of the page that some row sees, from its first on
+  int all;  // of these, keys that every row sees
+};
+
+// One panel of rows: VECTORS vectors from each of these places on.
+struct Lanes {
+  const int32_t* position;
+  float* top;  // maximum used so far, log2
+  float* sum;  // of 2^(score - top)
+  float* out;  // [D], `stride` floats apart, not yet divided by sum
+  int64_t stride;
+
+  // Of the keys at positions [first, first + num_keys).
+  template <int VECTORS>
+  Visible visible(int64_t first, int num_keys) const {
+    const int64_t any = std::clamp<int64_t>(position[VECTORS * LANES - 1] - first + 1, 0, num_keys);
+    return {static_cast<int>(any), static_cast<int>(std::clamp<int64_t>(position[0] - first + 1, 0, any))};
+  }
+};
+
+// Turns the scores [key], `stride` floats apart, of the visible keys into weights, in place. `factor` > 0 takes a
+// score to log2 units.
+template <int VECTORS>
+inline void to_weights(float* scores, int64_t stride, const Lanes& lanes, int64_t head_dim, int64_t first,
+                       Visible visible, float factor) {
+  Floats top[VECTORS], sum[VECTORS];
+  for (int j = 0; j < VECTORS; ++j) top[j] = splat(-INFINITY);
+  for (int key = 0; key < visible.all; ++key)
+    for (int j = 0; j < VECTORS; ++j) top[j] = larger(load(scores + key * stride + j * LANES), top[j]);
+  for (int key = visible.all; key < visible.any; ++key)
+    for (int j = 0; j < VECTORS; ++j) {
+      float* place = scores + key * stride + j * LANES;
+      const Ints seen = load(lanes.position + j * LANES) >= static_cast<int32_t>(first + key);
+      const Floats score = seen ? load(place) : splat(-INFINITY);
+      store(place, score);
+      top[j] = larger(score, top[j]);
+    }
+  bool rises = false;
+  for (int j = 0; j < VECTORS; ++j) {
+    const Floats before = load(lanes.top + j * LANES);
+    const Ints higher = top[j] * factor > before + SLACK;
+    rises |= any(higher);
+    top[j] = higher ? top[j] * factor : before;  // lane by lane: a row's rounding must not depend on its neighbours
+  }
+  if (rises) {
+    Floats shrink[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) {
+      shrink[j] = exp2(load(lanes.top + j * LANES) - top[j]);
+      store(lanes.top + j * LANES, top[j]);
+      store(lanes.sum + j * LANES, load(lanes.sum + j * LANES) * shrink[j]);
+    }
+    for (int64_t d = 0; d < head_dim; ++d)
+      for (int j = 0; j < VECTORS; ++j) {
+        float* place = lanes.out + d * lanes.stride + j * LANES;
+        store(place, load(place) * shrink[j]);
+      }
+  }
+  for (int j = 0; j < VECTORS; ++j) sum[j] = load(lanes.sum + j * LANES);
+  for (int key = 0; key < visible.any; ++key)
+    for (int j = 0; j < VECTORS; ++j) {
+      float* place = scores + key * stride + j * LANES;
+      const Floats weight = exp2(load(place) * factor - top[j]);
+      store(place, weight);
+      sum[j] += weight;
+    }
+  for (int j = 0; j < VECTORS; ++j) store(lanes.sum + j * LANES, sum[j]);
+}
+
+// Positions, maxima and sums of the rows of one task.
+class RowState {
+ public:
+  explicit RowState(int64_t capacity) : position_(round_up(capacity)), top_(round_up(capacity)), sum_(round_up(capacity)) {}
+
+  static int64_t round_up(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
+
+  int64_t padded() const { return padded_; }  // rows of `queries`, up to whole vectors
+  int64_t width(int64_t first) const { return std::min<int64_t>(PANEL, padded_ - first); }  // of the panel there
+
+  void begin(const Queries& queries) {
+    queries_ = queries;
+    padded_ = round_up(queries.num_rows());
+    for (int64_t row = 0; row < padded_; ++row) {
+      const int64_t like = std::min(row, queries.num_rows() - 1);  // padding does as the last row does
+      position_[row] = static_cast<int32_t>(queries.first_position + like / queries.num_heads);
+      top_[row] = NO_KEY;
+      sum_[row] = 0;
+    }
+  }
+
+  Lanes lanes(int64_t first, float* out, int64_t stride) {
+    return {&position_[first], &top_[first], &sum_[first], out, stride};
+  }
+
+  // Rows [first, first + width) of the panel there, from out [D], `stride` floats apart.
+  void write(int64_t first, const float* out, int64_t stride, int64_t head_dim, const Results& results) const {
+    const int64_t end = std::min(first + width(first), queries_.num_rows());
+    for (int64_t row = first; row < end; ++row) {
+      const int64_t place = row % queries_.num_heads * results.head_tokens + row / queries_.num_heads;
+      const bool empty = sum_[row] == 0;
+      const float share = empty ? 0.0f : 1.0f / sum_[row];
+      results.lse[place] = empty ? -INFINITY : (top_[row] + std::log2(sum_[row])) * LN_2;
+      for (int64_t d = 0; d < head_dim; ++d) {
+        const float x = out[d * stride + row - first] * share;
+        if (results.is_bf16)
+          static_cast<uint16_t*>(results.out)[place * head_dim + d] = float_to_bf16(x);
+        else
+          static_cast<float*>(results.out)[place * head_dim + d] = x;
+      }
+    }
+  }
+
+ private:
+  Queries queries_{};
+  int64_t padded_ = 0;
+  Buffer<int32_t> position_;
+  Buffer<float> top_, sum_;
+};
+
+}  // namespace farspan

@@ -193,16 +193,18 @@ def _attend_kernel(
     # a softcap leaves base-2 logits behind; otherwise the factor rides on the FMA inside exp2
     fold_factor = 1.0 if SOFTCAP > 0 else factor
 
-    for i in tl.range(begin, full):
-        page = tl.load(page_row + _unit(indices, first, i, is_all, DENSE))
-        length = tl.where(page >= 0, PAGE, 0)
-        keys = _load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-        values = _load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-        scores = _logits(q_tile, keys, factor, SOFTCAP)
-        bias = tl.where(page >= 0, 0.0, float("-inf"))
-        acc, peak, total = _fold(acc, peak, total, scores, values, fold_factor, bias)
+    if WINDOW == 0:
+        for i in tl.range(begin, full):
+            page = tl.load(page_row + _unit(indices, first, i, is_all, DENSE))
+            length = tl.where(page >= 0, PAGE, 0)
+            keys = _load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+            values = _load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+            scores = _logits(q_tile, keys, factor, SOFTCAP)
+            bias = tl.where(page >= 0, 0.0, float("-inf"))
+            acc, peak, total = _fold(acc, peak, total, scores, values, fold_factor, bias)
 
-    for i in tl.range(full, end, num_stages=1):
+    # with a window this loop reads everything, else two pages at most: not worth filling a pipeline for
+    for i in tl.range(full, end, num_stages=None if WINDOW > 0 else 1):
         unit = _unit(indices, first, i, is_all, DENSE)
         page = tl.load(page_row + unit)
         # beyond the last token the page is unwritten memory: 0 * NaN would reach the sum
@@ -222,7 +224,9 @@ def _attend_kernel(
         unit_first = tl.load(unit_starts + list_id)
         unit_keys = tl.load(unit_counts + list_id) * UNIT
         unit_keys = tl.where(has_rows & (is_all == 0), unit_keys, 0)
-        for i in tl.range(0, unit_keys, PAGE):
+        # each row has an address of its own, and addresses fetched ahead are what spills first
+        AHEAD: tl.constexpr = BLOCK_D <= 64 or (BLOCK_D <= 128 and WINDOW == 0 and SOFTCAP == 0)
+        for i in tl.range(0, unit_keys, PAGE, num_stages=None if AHEAD else 1):
             offset_n = i + tl.arange(0, PAGE)
             inside = offset_n < unit_keys
             unit = tl.load(unit_indices + unit_first + offset_n // UNIT, mask=inside, other=0)
@@ -265,15 +269,53 @@ class Tile:
     num_stages: int
 
 
-# (head size rounded up, rows of a tile) -> how to build it.
+# architecture -> (head size rounded up, 128 where the rows of a list divide by it) -> how to build a tile.
+# Chosen without a GPU, by what the compiler makes of it (docs/kernels.md): the most rows for each key loaded,
+# then the deepest pipeline, that spill no register in any combination of parts.
+#   sm_80   mma.sync holds Q and K in registers: 64 rows need 8 warps, 128 rows of 128 spill
+#   sm_90   wgmma reads K and V from shared memory: a warpgroup of 4 for each 64 rows, two for 128;
+#           a head of 256 doubles the accumulator, so even 64 rows are shared by 8 warps
+#   sm_100  accumulators live in tensor memory, but the softmax needs them in registers all the same
 TILES = {
-    (64, 64): Tile(64, 4, 3),
-    (64, 128): Tile(128, 8, 3),
-    (128, 64): Tile(64, 4, 3),
-    (128, 128): Tile(128, 8, 3),
-    (256, 64): Tile(64, 4, 2),
-    (256, 128): Tile(128, 8, 2),
+    80: {
+        (64, 64): Tile(64, 8, 2),
+        (64, 128): Tile(128, 8, 3),
+        (128, 64): Tile(64, 8, 2),
+        (128, 128): Tile(64, 8, 2),
+        (256, 64): Tile(64, 8, 2),
+        (256, 128): Tile(64, 8, 2),
+    },
+    90: {
+        (64, 64): Tile(64, 4, 3),
+        (64, 128): Tile(128, 8, 3),
+        (128, 64): Tile(64, 4, 3),
+        (128, 128): Tile(128, 8, 3),
+        (256, 64): Tile(64, 8, 2),
+        (256, 128): Tile(128, 8, 2),
+    },
+    100: {
+        (64, 64): Tile(64, 4, 3),
+        (64, 128): Tile(128, 8, 3),
+        (128, 64): Tile(64, 8, 3),
+        (128, 128): Tile(128, 8, 3),
+        (256, 64): Tile(64, 8, 2),
+        (256, 128): Tile(64, 8, 2),
+    },
 }
+
+
+def tile_for(architecture: int, head_dim: int, packed_rows: int) -> Tile:
+    """The tile for the PACK * QUERY_BLOCK rows of a list, always a multiple of 64: no tile has idle rows."""
+    return TILES[architecture][
+        max(64, triton.next_power_of_2(head_dim)), 128 if packed_rows % 128 == 0 else 64
+    ]
+
+
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90  # interpreted: any of them will do
+    major, _ = torch.cuda.get_device_capability(device)
+    return min(max(major, 8), 10) * 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,11 +334,6 @@ class Features:
 
 
 NO_FEATURES = Features()
-
-
-def tile_for(head_dim: int, packed_rows: int) -> Tile:
-    """The tile for packed_rows = PACK * QUERY_BLOCK rows, always a multiple of 64: no tile has idle rows."""
-    return TILES[max(64, triton.next_power_of_2(head_dim)), 128 if packed_rows % 128 == 0 else 64]
 
 
 def constants(
@@ -372,7 +409,7 @@ def attend(
     num_blocks = num_query_blocks(chunk.start, length, query_block)
     assert lists is None or lists.counts.shape[1] == num_blocks, (lists.counts.shape, num_blocks)
     order = None if lists is None else _longest_first(lists, gathered, chunk.start, query_block)
-    tile = tile_for(head_dim, pack * query_block)
+    tile = tile_for(_architecture(q.device), head_dim, pack * query_block)
     num_lists = num_blocks if order is None else order.shape[0]
     log2_scale = scale * math.log2(math.e)
     q = q if q.stride(2) == 1 else q.contiguous()

@@ -1,4 +1,5 @@
-"""The engine around a tiny model: batching, ends, failures, pages given back, plans that read and keep less."""
+"""The engine around a tiny model: batching, ends, failures, pages given back, plans that read and keep
+less."""
 
 import random
 
@@ -82,7 +83,7 @@ def test_sparse_plans_read_less_and_compressing_plans_keep_less_and_say_so(netwo
     for name in ("sparse", "both"):
         assert 0.05 < found[name].prefill_read_fraction < 0.9
         assert 0 < found[name].attention_recall_p5 < found[name].attention_recall < 1.0
-        # 6 chunks of 128 rows, the last with 60 of 64 rows beyond the estimator's, 6 heads, a quarter of 3 layers
+        # 16 rows of 6 heads in every chunk of 128 tokens, in a quarter of the layers
         assert found[name].attention_recall_samples > 100
     for name in ("snap", "both"):
         assert found[name].kv_tokens_kept == 100
@@ -123,7 +124,8 @@ def test_a_recall_floor_makes_heads_read_everything(network: torch.nn.Module) ->
 
 
 def test_freed_pages_let_another_request_in(network: torch.nn.Module) -> None:
-    """Two prompts of 11 blocks x 6 rows each do not fit 100 pages at once; one compressed to 2 blocks leaves room."""
+    """Two prompts of 11 blocks x 6 rows each do not fit 100 pages at once; one compressed to 2 blocks
+    leaves room."""
     tiny = all_plans(network, num_pages=100)
     tiny.submit("first", make_prompt(640), greedy(20), "snap")
     tiny.submit("second", make_prompt(640, seed=1), greedy(20), "snap")
@@ -185,7 +187,8 @@ def test_stop_tokens_end_a_request_and_length_ends_the_others(network: torch.nn.
 
 
 def test_a_replay_goes_on_exactly_where_the_stream_broke(network: torch.nn.Module) -> None:
-    """Tokens that were generated before the engine died are fed as decode steps, so compressed rows are the same."""
+    """Tokens that were generated before the engine died are fed as decode steps, so compressed rows are the
+    same."""
     tiny = all_plans(network)
     prompt = make_prompt(400)
     for sampling in (

@@ -221,6 +221,15 @@ def test_a_step_over_ragged_rows_reads_what_they_keep_and_the_new_token() -> Non
     cache.check()
 
 
+def test_a_row_that_just_filled_its_pages_shows_the_next_one() -> None:
+    cache = make_cache()
+    slot, _, _ = filled(cache, 64, pages=8)
+    cache.reserve_next(np.array([slot]))
+    rows = cache.decode_rows(np.array([slot]))
+    assert rows.max_held == 65 and rows.pages.shape == (2, 1, 2, 2) and (rows.pages >= 0).all()
+    assert rows.held.unique().tolist() == [65] and rows.pages[0].is_contiguous()
+
+
 def test_slots_in_any_order_and_subset_make_a_step() -> None:
     cache = make_cache()
     slots = [filled(cache, length, pages=8)[0] for length in (64, 10, 65)]

@@ -1,4 +1,4 @@
-"""Thousands of random operations: the cache holds what a plain Python model of it holds, and its books balance."""
+"""Thousands of random operations: the cache holds what a plain model of it holds, and its books balance."""
 
 import random
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from kvcache.cache import KVCache
 from tests.kvcache.builders import decode, make_cache, prefill
 
 LAYERS, HEADS, MAX_LENGTH = 2, 2, 440
+WEIGHTS = dict(admit=2, prefill=5, drop=2, pack=2, compact=1, promise=1, decode=3, release=1)
 Token = tuple[int, float]  # position, value
 
 
@@ -20,7 +21,6 @@ class Sequence:
     rows: list[list[Token]]  # of (layer, head), flattened
     computed: int = 0
     is_packed: bool = False  # compacted, or packed with holes closed
-    may_decode: bool = True
 
 
 class Driver:
@@ -35,9 +35,7 @@ class Driver:
         self.done: dict[str, int] = {}
 
     def step(self) -> None:
-        name = self.random.choice(
-            "admit prefill prefill prefill drop pack compact promise decode decode decode release".split()
-        )
+        (name,) = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))
         if getattr(self, name)():
             self.done[name] = self.done.get(name, 0) + 1
         self.cache.check()
@@ -101,7 +99,7 @@ class Driver:
         one = self.sequences[slot]
         self.cache.pack(slot)
         one.is_packed = any(len(row) < one.computed for row in one.rows)
-        return True
+        return one.is_packed
 
     def compact(self) -> bool:
         slot = self.pick(packed=False)
@@ -156,7 +154,7 @@ class Driver:
 
     def release(self) -> bool:
         slot = self.pick()
-        if slot is None or self.random.random() < 0.6:
+        if slot is None:
             return False
         self.cache.release(slot)
         del self.sequences[slot]

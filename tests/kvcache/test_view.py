@@ -1,4 +1,4 @@
-"""A view shows keys by position while a sequence is logical, and by place with positions once it is packed."""
+"""A view shows keys by position while a sequence is logical, and by place with positions once packed."""
 
 import torch
 

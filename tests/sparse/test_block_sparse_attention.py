@@ -150,6 +150,19 @@ def test_dropped_pages_are_absent(kind: str) -> None:
     expect(attend(q, keys, chunk, selection, scale=SCALE), q, k, v, mask)
 
 
+def test_dense_in_pieces_of_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where scores are formed, on a GPU or beside dropped pages, a long chunk goes in pieces."""
+    q, k, v = make_qkv(300, 100, 6, 2)
+    keys = make_keys(k, v)
+    keys.pages[0, 1] = -1
+    monkeypatch.setattr(
+        "sparse.attention.SCORE_ELEMS", 30 * 6 * 400
+    )  # 30 rows, so that the last piece is partial
+    mask = causal(300, 100).expand(2, -1, -1).clone()
+    mask[0, :, 64:128] = False
+    expect(attend(q, keys, make_chunk(300, 100), dense(q.device), scale=SCALE), q, k, v, mask)
+
+
 def test_exact_rows_replace_the_last_rows() -> None:
     q, k, v = make_qkv(30, 100, 4, 2)
     chunk, keys = make_chunk(30, 100), make_keys(k, v)

@@ -1,0 +1,1 @@
+"""Decode kernels: a C++ extension on CPU. kvcache/decode.py defines what they compute."""

@@ -1,0 +1,68 @@
+"""Decode attention over rows on CPU: the launcher of cpu_decode.cpp. `python -m kvcache.kernels.cpu` compiles it."""
+
+import ctypes
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.model import PAGE_SIZE
+from configs.native import library
+from kvcache.decode import attend_rows as attend_rows_in_torch
+
+SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+DTYPES = (torch.float32, torch.bfloat16)  # of the pools
+
+
+class _DecodeCall(ctypes.Structure):
+    """Mirrors DecodeCall of cpu_decode.cpp, where the shapes are."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k_pool", "v_pool", "pages", "held", "out")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "group_size", "head_dim", "row_pages")),
+        *((name, ctypes.c_int32) for name in ("pool_is_bf16", "num_threads")),
+    ]
+
+
+def is_available() -> bool:
+    """Whether the kernel runs here; compiles it if need be, which takes seconds once. If not, the log says why."""
+    return library(SOURCE) is not None
+
+
+def attend_rows(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, held: Tensor, *, scale: float, max_held: int
+) -> Tensor:
+    """What kvcache.decode.attend_rows gives, which also serves the dtypes and head sizes that this does not."""
+    kernels = library(SOURCE)
+    assert kernels is not None, "ask is_available() first"
+    batch, num_heads, head_dim = q.shape
+    if k_pool.dtype not in DTYPES or q.dtype == torch.float64 or head_dim % kernels.farspan_lanes():
+        return attend_rows_in_torch(q, k_pool, v_pool, pages, held, scale=scale, max_held=max_held)
+    num_kv_heads, row_pages = pages.shape[1:]
+    assert all(x.device.type == "cpu" for x in (q, k_pool, v_pool, pages, held))
+    assert pages.dtype == held.dtype == torch.int32 and pages.shape[:2] == held.shape == (batch, num_kv_heads)
+    assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.dtype == v_pool.dtype
+    assert k_pool.shape == v_pool.shape and k_pool.shape[1:] == (PAGE_SIZE, head_dim), (k_pool.shape, q.shape)
+    assert num_heads % num_kv_heads == 0 and max_held <= row_pages * PAGE_SIZE, (
+        num_heads,
+        max_held,
+        row_pages,
+    )
+    # What a pointer is taken of must live until the call returns.
+    queries = (q.float() * (scale * math.log2(math.e))).contiguous()
+    pages, held = pages.contiguous(), held.contiguous()
+    out = torch.empty_like(queries)
+    call = _DecodeCall(
+        *(x.data_ptr() for x in (queries, k_pool, v_pool, pages, held, out)),
+        *(batch * num_kv_heads, num_heads // num_kv_heads, head_dim, row_pages),
+        k_pool.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    kernels.farspan_attend_rows(ctypes.byref(call))
+    return out.to(q.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if is_available() else 1)

@@ -1,0 +1,101 @@
+"""Resolving a configuration, sizing the cache, and the refusals that need no process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import ConfigError
+from configs.loading import load_config
+from configs.schema import ServeConfig
+from engine.models import end_tokens, prepare_model
+from engine.startup import load, resolve
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def config(folder: Path, **flags: Any) -> ServeConfig:
+    base = {
+        "engine.model": str(folder),
+        "engine.threads": 1,
+        "cache.kv_cache_memory_bytes": "8MiB",
+        "plans": ["dense"],
+    }
+    return load_config(None, {**base, **flags})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"engine.max_model_len": 100_000}, "engine.max_model_len: 100000 is more than the 8192 tokens"),
+        ({"engine.model": "./no-such-folder"}, "not a folder"),
+        ({"engine.model": "missing.gguf"}, "missing.gguf: no such file"),
+        ({"plans": ["dense", "dense"]}, "two plans"),
+        ({"plans": []}, "at least one plan"),
+        ({"plans": ["denze"]}, "did you mean 'dense'"),
+        ({"engine.dtype": "float16", "engine.device": "cpu"}, "engine.dtype: float16"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_weights_load(
+    folder: Path, flags: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        resolve(config(folder, **flags))
+    assert words in str(refusal.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_is_refused_where_there_is_none(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="engine.device"):
+        resolve(config(folder, **{"engine.device": "cuda"}))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_folder_without_a_needed_file_is_refused(tmp_path: Path, missing: str) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ConfigError, match=missing.removeprefix("model.")):
+        prepare_model(config(tmp_path).engine)
+
+
+def test_the_context_is_what_the_cache_can_hold(folder: Path) -> None:
+    """Pages of 64 tokens x 16 dims x 2 x 4 bytes = 8 KiB; 6 rows: 4 MiB hold 85 blocks of every row."""
+    engine, card = load(resolve(config(folder, **{"cache.kv_cache_memory_bytes": "4MiB"})))
+    assert (card.num_pages, card.page_bytes) == (512, 8192)
+    assert card.max_model_len == 85 * 64
+    assert engine.stats().pages_free == card.num_pages
+
+
+def test_a_context_that_was_asked_for_and_does_not_fit_is_refused_with_what_would(folder: Path) -> None:
+    flags = {"cache.kv_cache_memory_bytes": "1MiB", "engine.max_model_len": 4096}
+    with pytest.raises(ConfigError, match=r"4096 tokens do not fit the cache of 128 pages; 1344 would"):
+        load(resolve(config(folder, **flags)))
+
+
+def test_end_tokens_come_from_the_generation_config(folder: Path, tmp_path: Path) -> None:
+    assert end_tokens(folder) == ()
+    save_tiny(tmp_path, eos_token_id=[5, 7])
+    assert end_tokens(tmp_path) == (5, 7)
+
+
+def test_code_of_a_model_folder_never_runs(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    save_tiny(tmp_path)
+    (tmp_path / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    text = (tmp_path / "config.json").read_text()
+    auto_map = '{"auto_map": {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"},'
+    (tmp_path / "config.json").write_text(text.replace("{", auto_map, 1))
+    load(resolve(config(tmp_path)))
+    assert not marker.exists()

@@ -1,0 +1,195 @@
+"""A tiny tokenizer, a fake engine, and a real HTTP server around them."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import uvicorn
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from configs.schema import ServerConfig
+from engine.errors import EngineDead
+from engine.messages import Cost, FinishReason, ModelCard, PlanCard, Stats, Submit, TokenOutput
+from server.app import build_app
+from server.metrics import Metrics
+from server.tokenizer import Tokenizer
+
+MODEL = "tiny"
+CONTEXT = 256
+PATIENCE = 30.0  # seconds until a test gives up
+TEMPLATE = """{% for message in messages %}{% if message['role'] not in ('system', 'user', 'assistant') %}{{
+raise_exception('no role ' + message['role']) }}{% endif %}{{ '<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
+
+def save_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """A byte-level tokenizer of some 300 tokens, as HuggingFace's files."""
+    tokens = tokenizers.Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokens.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 20], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}}
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def cost(**changes: Any) -> Cost:
+    values: dict[str, Any] = dict(
+        plan="sparse",
+        prefill_read_fraction=0.25,
+        attention_recall=0.97,
+        attention_recall_p5=0.9,
+        attention_recall_samples=48,
+        kv_tokens_total=20,
+        kv_tokens_kept=10.0,
+        kv_bytes=4096,
+        cached_tokens=4,
+        queue_seconds=0.5,
+        prefill_seconds=2.0,
+    )
+    return Cost(**values | changes)
+
+
+Step = TokenOutput | Exception | None  # None: silence until the client leaves
+Script = Callable[[Submit], Sequence[Step]]
+
+
+def say(*tokens: int, reason: FinishReason = FinishReason.LENGTH) -> Script:
+    """An engine that answers with these tokens, one per step."""
+
+    def script(submit: Submit) -> Sequence[Step]:
+        last = len(tokens) - 1
+        return [
+            TokenOutput(
+                submit.request_id,
+                (token,),
+                finish_reason=reason if index == last else None,
+                cost=cost() if index == 0 else None,
+            )
+            for index, token in enumerate(tokens)
+        ]
+
+    return script
+
+
+def then(script: Script, *more: Step) -> Script:
+    """The steps of a script without its end, and then others."""
+
+    def extended(submit: Submit) -> Sequence[Step]:
+        steps = [
+            TokenOutput(step.request_id, step.tokens, cost=step.cost)
+            for step in script(submit)
+            if isinstance(step, TokenOutput)
+        ]
+        return [*steps, *more]
+
+    return extended
+
+
+class FakeEngine:
+    """Does what its script says; remembers what it was told."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        plans = tuple(
+            PlanCard(name, f"{name}-digest", "dense", "snapkv", "full", 8) for name in ("sparse", "dense")
+        )
+        self.card = ModelCard(MODEL, CONTEXT, 300, plans, "cpu", "float32", num_pages=100, page_bytes=64)
+        self.stats = Stats(
+            running=2,
+            waiting=1,
+            pages_free=60,
+            pages_cached=10,
+            pages_borrowed=5,
+            pages_private=25,
+            kv_bytes=1920,
+        )
+        self.is_ready = True
+        self.death: str | None = None
+        self.submitted: list[Submit] = []
+        self.aborted: list[str] = []
+        self.abort_heard = threading.Event()
+
+    async def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput, None]:
+        if not self.is_ready:
+            raise EngineDead("not ready")
+        self.submitted.append(submit)
+        ended = False
+        try:
+            for step in self.script(submit):
+                if isinstance(step, Exception):
+                    ended = True
+                    raise step
+                if step is None:
+                    await asyncio.Event().wait()
+                else:
+                    ended = step.finish_reason is not None
+                    yield step
+        finally:
+            if not ended:
+                self.aborted.append(submit.request_id)
+                self.abort_heard.set()
+
+
+@contextmanager
+def http_server(engine: FakeEngine, folder: Path, **config: Any) -> Iterator[str]:
+    """A real server on a free port, in a thread of its own; its base URL."""
+    app = build_app(engine, Tokenizer(folder), ServerConfig(**config), Metrics(MODEL, engine))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for a condition, and fail if it never comes."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def chat_body(**changes: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": "the fox"}]} | changes
+
+
+def text_body(**changes: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": "the fox"} | changes
+
+
+def events(text: str) -> list[Any]:
+    """The JSON of a stream's events; the last must be [DONE]."""
+    data = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    assert data[-1] == "[DONE]", data[-1]
+    return [json.loads(item) for item in data[:-1]]

@@ -1,0 +1,127 @@
+"""A whole server as users start it: ready line, answers, and an end that leaves nothing behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from server.shadowing import ROOT
+from tests.server.builders import PATIENCE, events, save_tokenizer, until
+from tests.tiny import save_tiny
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "the quick brown fox " * 20}]
+READY = re.compile(
+    r"farspan ready: (http://127\.0\.0\.1:\d+)/v1  model=tiny plan=dense \(others: short\)"
+    r" context=512 pages=\d+×\d+B float32/cpu\n"
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[str]
+    url: str
+
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny(folder, vocab_size=300, max_position_embeddings=512)
+    return save_tokenizer(folder)
+
+
+@contextmanager
+def started(model: Path, folder: Path) -> Iterator[Server]:
+    """`farspan serve`, from another folder, until its ready line; killed at the end if it still runs."""
+    (folder / "short.yaml").write_text("kv: {policy: snapkv, budget: 64}\n")
+    arguments = ["--port", "0", "--plan", "dense", "--plan", "short.yaml", "--kv-cache-memory-bytes", "16MiB"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", "serve", str(model), *arguments, "--threads", "1"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process, process.stdout as output:
+        try:
+            line = output.readline()
+            match = READY.fullmatch(line)
+            assert match, line
+            yield Server(process, match[1])
+        finally:
+            process.kill()
+
+
+def ask(server: Server, **changes: object) -> httpx.Response:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 0, **changes}
+    return httpx.post(server.url + CHAT, json=body, timeout=PATIENCE)
+
+
+def test_a_server_starts_answers_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    with started(model, tmp_path) as server:
+        whole = ask(server).json()
+        assert whole["farspan"]["kv_tokens_kept"] == whole["usage"]["prompt_tokens"] > 64
+        *_, last = events(ask(server, stream=True).text)
+        assert last["farspan"]["plan"] == "dense"
+        short = ask(server, plan="short").json()
+        assert short["farspan"]["plan"] == "short" and short["farspan"]["kv_tokens_kept"] == 64
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        assert "farspan:kv_cache_bytes" in httpx.get(f"{server.url}/metrics").text
+
+        engine = server.engine()
+        server.process.terminate()
+        assert server.process.wait(PATIENCE) == 0
+        assert not engine.is_running()
+        assert [path.name for path in tmp_path.iterdir()] == ["short.yaml"]
+
+
+def test_a_server_whose_engine_died_says_so_and_stays(model: Path, tmp_path: Path) -> None:
+    with started(model, tmp_path) as server:
+        engine = server.engine()
+        with httpx.stream(
+            "POST",
+            server.url + CHAT,
+            json={"model": "tiny", "messages": MESSAGES, "stream": True, "ignore_eos": True},
+            timeout=PATIENCE,
+        ) as response:
+            parts = response.iter_text()
+            text = next(parts)
+            engine.kill()
+            text += "".join(parts)
+        assert events(text)[-1]["error"]["code"] == "engine_unavailable"
+        until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        refused = ask(server)
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(PATIENCE) == 0
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_the_server_is_ready(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "odd" / "model.safetensors").touch()
+    ended = subprocess.run(
+        [sys.executable, "-m", "server.cli", "serve", str(tmp_path / "odd"), "--port", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 4,
+    )
+    assert ended.returncode == 2, ended
+    assert "mamba" in ended.stderr and "Traceback" not in ended.stderr and ended.stdout == ""
