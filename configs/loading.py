@@ -74,23 +74,47 @@ def _validate(model: type[_Model], content: dict[str, Any], where: str) -> _Mode
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, item, where) for item in error.errors())) from error
+        lines: dict[tuple[str, ...], str] = {}
+        for item in error.errors():
+            path = _path(model, item["loc"])
+            lines.setdefault(path, _explain(model, path, item, where))  # of a union, the first form speaks
+        raise ConfigError("\n".join(lines.values())) from error
 
 
-def _explain(model: type[BaseModel], item: Any, where: str) -> str:
+def _path(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[str, ...]:
+    """The keys of a pydantic location, without what it says of its own validators."""
+    path: tuple[str, ...] = ()
+    for part in map(str, location):
+        path += (part,)
+        fields = _fields_at(model, path[:-1])
+        if part not in fields or not _is_section(model, path):
+            break
+    return path
+
+
+def _explain(model: type[BaseModel], path: tuple[str, ...], item: Any, where: str) -> str:
     """One line for one wrong key: where it stands, what is wrong, what would be right."""
-    path = ".".join(str(part) for part in item["loc"])
+    name = ".".join(path)
     if item["type"] == "extra_forbidden":
-        known = _fields_at(model, item["loc"][:-1])
-        return f"{where}: {path}: unknown key; {nearest(str(item['loc'][-1]), known)}"
+        return f"{where}: {name}: unknown key; {nearest(path[-1], _fields_at(model, path[:-1]))}"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {path}: {message} (got {str(item['input'])[:80]!r})"
+    return f"{where}: {name}: {message} (got {str(item['input'])[:80]!r})"
 
 
-def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """Names of the keys that may stand at a path of the schema."""
+def _is_section(model: type[BaseModel], path: tuple[str, ...]) -> bool:
+    """Does the schema go on below this path?"""
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return False
+        model = annotation
+    return True
+
+
+def _fields_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """Names of the keys that may stand below a section of the schema."""
+    for part in path:
+        annotation = model.model_fields[part].annotation
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel), annotation
         model = annotation
     return [name for name, field in model.model_fields.items() if not field.exclude]

@@ -1,4 +1,4 @@
-"""Compiling a C++ source of ours once per machine: for this processor, this torch and this text, kept in a user's cache."""
+"""Compiling a C++ source of ours once per machine: for this processor and torch, kept in the user's cache."""
 
 import ctypes
 import fcntl
@@ -36,7 +36,7 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
-    """The compiled `source`, or None where that cannot be had: the log says why, once, and torch code serves."""
+    """The compiled `source`, or None where it cannot be had: the log says why, once, and torch serves."""
     try:
         return load_library(source)
     except BuildError as error:
@@ -44,13 +44,30 @@ def library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
+def compiler() -> str | None:
+    """GCC's C++ compiler, if there is one: the kernels use its vector extensions and OpenMP."""
+    for name in (os.environ.get("CXX"), "g++", "c++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
 def load_library(source: Path, *flags: str) -> ctypes.CDLL:
     """The compiled `source`, from the cache or built now. Processes that ask at once build it once.
 
     Headers beside the source and those of torch are found; torch's libraries are linked. Raises BuildError.
     """
-    compiler, torch_folder = _compiler(), _torch_folder()
-    command = [compiler, *FLAGS, *flags, *_torch_flags(torch_folder), f"-I{HEADERS}", f"-I{source.parent}"]
+    compiler_path, torch_folder = compiler(), _torch_folder()
+    if compiler_path is None:
+        raise BuildError("no C++ compiler: install g++, or name one in CXX")
+    command = [
+        compiler_path,
+        *FLAGS,
+        *flags,
+        *_torch_flags(torch_folder),
+        f"-I{HEADERS}",
+        f"-I{source.parent}",
+    ]
     try:
         file = cache_folder() / f"{source.stem}-{_key(source, command)}.so"
         if not file.exists():
@@ -85,14 +102,6 @@ def _compile(command: list[str], file: Path) -> None:
         built.replace(file)
 
 
-def _compiler() -> str:
-    """GCC's C++ compiler: the kernels use its vector extensions and its OpenMP, which torch uses too."""
-    for name in (os.environ.get("CXX"), "g++", "c++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise BuildError("no C++ compiler: install g++, or name one in CXX")
-
-
 def _torch_folder() -> Path:
     """Where torch is installed, without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -117,11 +126,11 @@ def _key(source: Path, command: list[str]) -> str:
     texts = [
         path.read_bytes() for path in (source, *sorted({*source.parent.glob("*.h"), *HEADERS.glob("*.h")}))
     ]
-    compiler = os.stat(command[0])
+    binary = os.stat(command[0])
     facts = [
         *command,
-        str(compiler.st_size),
-        str(compiler.st_mtime_ns),
+        str(binary.st_size),
+        str(binary.st_mtime_ns),
         importlib.metadata.version("torch"),
         _processor(),
     ]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def death(self) -> str | None:
         """Why the engine will serve nothing any more, in words; None while it may."""
 
-    def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
+    def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
         """Outputs of one request, the last with a finish reason. Closing the iterator early aborts the
         request.
 
@@ -117,7 +117,7 @@ class EngineClient:
         """Wait until requests are served. Raises as `start` does: some refusals need the weights."""
         return await asyncio.shield(self._ready)
 
-    async def generate(self, submit: Submit) -> AsyncIterator[TokenOutput]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
         if not self.is_ready:
             raise EngineDead(self.death or "the engine is still loading the model")
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()

@@ -88,18 +88,17 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
         device=device,
         states=resolution.states,
     )
-    engine = Engine(
-        resolution.plans,
-        Scheduler(config.scheduler, cache),
-        ModelRunner(network, cache, device),
-        cache,
-        end_tokens(resolution.folder),
-    )
-    _warm_up(engine, resolution.plans, model)
+    runner = ModelRunner(network, cache, device)
+
+    def engine() -> Engine:
+        scheduler = Scheduler(config.scheduler, cache)
+        return Engine(resolution.plans, scheduler, runner, cache, end_tokens(resolution.folder))
+
+    _warm_up(engine(), resolution.plans, model)  # an engine of its own: nobody asked for these tokens
     card = msgspec.structs.replace(
         resolution.card, max_model_len=model.max_length, num_pages=num_pages, page_bytes=bytes_per_page
     )
-    return engine, card
+    return engine(), card
 
 
 def _device(asked: str) -> str:

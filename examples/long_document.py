@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openai import APIError, OpenAI
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -57,8 +58,8 @@ def ask(client: OpenAI, model: str, plan: str, document: str, question: str, max
 
 def show(answers: list[Answer]) -> None:
     """One line per plan."""
-    table = Table(title=f"{answers[0].prompt_tokens} prompt tokens")
-    for heading in ("plan", "TTFT", "total", "keys read", "recall", "KV tokens kept", "KV memory"):
+    table = Table(title=f"{answers[0].prompt_tokens} prompt tokens", box=SIMPLE)
+    for heading in ("plan", "TTFT", "total", "read", "recall", "KV kept", "KV"):
         table.add_column(heading, justify="left" if heading == "plan" else "right", no_wrap=True)
     for answer in answers:
         cost = answer.cost

@@ -74,7 +74,7 @@ def info_of(model: Any) -> ModelInfo:
         num_layers=config.num_hidden_layers,
         num_query_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         max_length=config.max_position_embeddings,
     )
@@ -175,7 +175,7 @@ def tiny_engine(
 def hf_greedy(model: Any, prompt: Iterable[int], max_tokens: int) -> list[int]:
     """What HuggingFace's own generate answers, greedily."""
     tokens = torch.tensor([list(prompt)])
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")
     out = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
@@ -183,5 +183,6 @@ def hf_greedy(model: Any, prompt: Iterable[int], max_tokens: int) -> list[int]:
         min_new_tokens=max_tokens,
         do_sample=False,
         pad_token_id=0,
+        eos_token_id=-1,  # never: answers have equal lengths
     )
     return out[0, tokens.shape[1] :].tolist()

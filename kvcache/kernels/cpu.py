@@ -1,4 +1,4 @@
-"""Decode attention over rows on CPU: the launcher of cpu_decode.cpp. `python -m kvcache.kernels.cpu` compiles it."""
+"""Decode attention over rows on CPU: launches cpu_decode.cpp. `python -m kvcache.kernels.cpu` compiles it."""
 
 import ctypes
 import math
@@ -27,14 +27,14 @@ class _DecodeCall(ctypes.Structure):
 
 
 def is_available() -> bool:
-    """Whether the kernel runs here; compiles it if need be, which takes seconds once. If not, the log says why."""
+    """Whether the kernel runs here; compiled if need be, once per machine. If not, the log says why."""
     return library(SOURCE) is not None
 
 
 def attend_rows(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, held: Tensor, *, scale: float, max_held: int
 ) -> Tensor:
-    """What kvcache.decode.attend_rows gives, which also serves the dtypes and head sizes that this does not."""
+    """What kvcache.decode.attend_rows gives, which serves the dtypes and head sizes that this does not."""
     kernels = library(SOURCE)
     assert kernels is not None, "ask is_available() first"
     batch, num_heads, head_dim = q.shape

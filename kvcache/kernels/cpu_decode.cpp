@@ -14,8 +14,8 @@ namespace {
 using namespace farspan;
 
 constexpr int64_t PIECE = 4 * PAGE_SIZE;
-constexpr int KEYS = 4;   // keys in flight: they share the loads of a query, or of a sum
-constexpr int HEADS = 3;  // heads in flight: 4 x 3 accumulators and 4 keys fill the registers of AVX2
+constexpr int KEYS = 4;   // keys scored together, and
+constexpr int HEADS = 3;  // query heads: 4 x 3 sums and 4 vectors of keys fill the registers of AVX2
 
 }  // namespace
 
@@ -54,32 +54,30 @@ inline void score_keys(const float* q, const Element* k, int64_t head_dim, float
     for (int i = 0; i < KEYS; ++i) scores[g * PAGE_SIZE + i] = sum_of(sums[g][i]);
 }
 
-template <typename Element>
-void score_page(const float* q, const Element* k, int64_t group_size, int64_t head_dim, int num_keys, float* scores) {
-  for (int key = 0; key < num_keys; key += KEYS)
-    for (int64_t g = 0; g < group_size; g += HEADS) {
-      const float* heads = q + g * head_dim;
-      float* place = scores + g * PAGE_SIZE + key;
-      switch (std::min<int64_t>(HEADS, group_size - g)) {
-        case 3: score_keys<3>(heads, k + key * head_dim, head_dim, place); break;
-        case 2: score_keys<2>(heads, k + key * head_dim, head_dim, place); break;
-        default: score_keys<1>(heads, k + key * head_dim, head_dim, place);
-      }
-    }
-}
-
-// out [G][D] += weights [G][PAGE_SIZE], from some key on, times COUNT rows of v [.][D].
-template <int COUNT, typename Element>
-inline void add_values(const float* weights, const Element* v, int64_t group_size, int64_t head_dim, float* out) {
-  for (int64_t d = 0; d < head_dim; d += LANES) {
-    Floats values[COUNT];
-    for (int i = 0; i < COUNT; ++i) values[i] = load(v + i * head_dim + d);
-    for (int64_t g = 0; g < group_size; ++g) {
-      Floats sum = load(out + g * head_dim + d);
-      for (int i = 0; i < COUNT; ++i) sum += weights[g * PAGE_SIZE + i] * values[i];
-      store(out + g * head_dim + d, sum);
+// out [HEAD_COUNT][D] += weights [HEAD_COUNT][PAGE_SIZE] times v [num_keys][D], VECTORS vectors of D.
+template <int HEAD_COUNT, int VECTORS, typename Element>
+inline void add_columns(const float* weights, const Element* v, int num_keys, int64_t head_dim, float* out) {
+  Floats sums[HEAD_COUNT][VECTORS];
+  for (int g = 0; g < HEAD_COUNT; ++g)
+    for (int j = 0; j < VECTORS; ++j) sums[g][j] = load(out + g * head_dim + j * LANES);
+  for (int key = 0; key < num_keys; ++key) {
+    Floats values[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) values[j] = held(load(v + key * head_dim + j * LANES));
+    for (int g = 0; g < HEAD_COUNT; ++g) {
+      const Floats weight = splat(weights[g * PAGE_SIZE + key]);
+      for (int j = 0; j < VECTORS; ++j) sums[g][j] += weight * values[j];
     }
   }
+  for (int g = 0; g < HEAD_COUNT; ++g)
+    for (int j = 0; j < VECTORS; ++j) store(out + g * head_dim + j * LANES, sums[g][j]);
+}
+
+template <int HEAD_COUNT, typename Element>
+void add_values(const float* weights, const Element* v, int num_keys, int64_t head_dim, float* out) {
+  constexpr int64_t COLUMNS = 4 * LANES;
+  int64_t d = 0;
+  for (; d + COLUMNS <= head_dim; d += COLUMNS) add_columns<HEAD_COUNT, 4>(weights, v + d, num_keys, head_dim, out + d);
+  for (; d < head_dim; d += LANES) add_columns<HEAD_COUNT, 1>(weights, v + d, num_keys, head_dim, out + d);
 }
 
 // Online softmax of one head's scores [PAGE_SIZE], log2, of which num_keys count: weights in place.
@@ -113,8 +111,33 @@ struct Partials {
   std::vector<float> out;    // [piece][G][D] sum of 2^(score - top) * value
 };
 
+// Some heads of one row, in one piece of it.
+struct Heads {
+  const float* q;  // [heads][D]
+  float *top, *total, *out;
+};
+
+// Bring memory closer that is read soon: a page is too short for the processor to guess it by itself.
 template <typename Element>
-void attend_piece(const DecodeCall& call, const Piece& piece, float* scores, float* top, float* total, float* out) {
+inline void fetch(const Element* from, int64_t count) {
+  constexpr int64_t LINE = 64 / sizeof(Element);
+  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(from + i);
+}
+
+template <int HEAD_COUNT, typename Element>
+void attend_page(const Heads& heads, const Element* k, const Element* v, int num_keys, int64_t head_dim) {
+  alignas(64) float scores[HEAD_COUNT * PAGE_SIZE];
+  for (int key = 0; key < num_keys; key += KEYS) {  // and up to KEYS - 1 more, in the page but not held
+    fetch(v + key * head_dim, KEYS * head_dim);
+    score_keys<HEAD_COUNT>(heads.q, k + key * head_dim, head_dim, scores + key);
+  }
+  for (int g = 0; g < HEAD_COUNT; ++g)
+    to_weights(scores + g * PAGE_SIZE, num_keys, head_dim, heads.top[g], heads.total[g], heads.out + g * head_dim);
+  add_values<HEAD_COUNT>(scores, v, num_keys, head_dim, heads.out);
+}
+
+template <typename Element>
+void attend_piece(const DecodeCall& call, const Piece& piece, float* top, float* total, float* out) {
   const int64_t group = call.group_size, head_dim = call.head_dim, page_elements = PAGE_SIZE * head_dim;
   const float* q = call.q + piece.row * group * head_dim;
   const int64_t end = piece.first + piece.num_tokens;
@@ -123,13 +146,14 @@ void attend_piece(const DecodeCall& call, const Piece& piece, float* scores, flo
     const int64_t page = call.pages[piece.row * call.row_pages + first / PAGE_SIZE];
     const Element* k = static_cast<const Element*>(call.k_pool) + page * page_elements;
     const Element* v = static_cast<const Element*>(call.v_pool) + page * page_elements;
-    score_page(q, k, group, head_dim, num_keys, scores);  // and up to KEYS - 1 more, in the page but not held
-    for (int64_t g = 0; g < group; ++g)
-      to_weights(scores + g * PAGE_SIZE, num_keys, head_dim, top[g], total[g], out + g * head_dim);
-    int key = 0;
-    for (; key + KEYS <= num_keys; key += KEYS)
-      add_values<KEYS>(scores + key, v + key * head_dim, group, head_dim, out);
-    for (; key < num_keys; ++key) add_values<1>(scores + key, v + key * head_dim, group, head_dim, out);
+    for (int64_t g = 0; g < group; g += HEADS) {
+      const Heads heads{q + g * head_dim, top + g, total + g, out + g * head_dim};
+      switch (std::min<int64_t>(HEADS, group - g)) {
+        case 3: attend_page<3>(heads, k, v, num_keys, head_dim); break;
+        case 2: attend_page<2>(heads, k, v, num_keys, head_dim); break;
+        default: attend_page<1>(heads, k, v, num_keys, head_dim);
+      }
+    }
   }
 }
 
@@ -162,9 +186,8 @@ void run(const DecodeCall& call) {
   const int num_threads = static_cast<int>(std::clamp<size_t>(pieces.size(), 1, call.num_threads));
 #pragma omp parallel num_threads(num_threads)
   {
-    std::vector<float> scores(group * PAGE_SIZE);
     for (size_t i = next++; i < pieces.size(); i = next++)
-      attend_piece<Element>(call, pieces[i], scores.data(), &partials.top[i * group], &partials.total[i * group],
+      attend_piece<Element>(call, pieces[i], &partials.top[i * group], &partials.total[i * group],
                             &partials.out[i * group * head_dim]);
 #pragma omp barrier
 #pragma omp for collapse(2)

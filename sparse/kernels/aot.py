@@ -33,12 +33,13 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # mma.sync, wgmma, tcge
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-# what families ask for together: gpt-oss, Mistral, Gemma 2 27B and 9B; then all at once
+# what families ask for together: gpt-oss, Mistral, Gemma 2 27B and 9B, Gemma 3; then all at once
 FEATURED = (
     (64, Features(window=128, sinks=torch.empty(1))),
     (128, Features(window=4096)),
     (128, Features(window=4096, softcap=50.0)),
     (256, Features(window=4096, softcap=50.0)),
+    (256, Features(window=4096)),
     (64, Features(window=4096, softcap=50.0, sinks=torch.empty(1))),
     (128, Features(window=4096, softcap=50.0, sinks=torch.empty(1))),
 )

@@ -1,4 +1,4 @@
-"""Block-sparse attention on CPU: the launcher of cpu_attention.cpp. `python -m sparse.kernels.cpu` compiles it."""
+"""Block-sparse attention on CPU: launches cpu_attention.cpp. `python -m sparse.kernels.cpu` compiles it."""
 
 import ctypes
 import functools
@@ -50,7 +50,7 @@ class _AttentionCall(ctypes.Structure):
 
 
 def is_available() -> bool:
-    """Whether the kernel runs here; compiles it if need be, which takes seconds once. If not, the log says why."""
+    """Whether the kernel runs here; compiled if need be, once per machine. If not, the log says why."""
     return library(SOURCE) is not None
 
 

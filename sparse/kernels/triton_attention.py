@@ -224,10 +224,11 @@ def _attend_kernel(
         unit_first = tl.load(unit_starts + list_id)
         unit_keys = tl.load(unit_counts + list_id) * UNIT
         unit_keys = tl.where(has_rows & (is_all == 0), unit_keys, 0)
-        # each row has an address of its own, and addresses fetched ahead are what spills first
+        # each row has an address of its own, and addresses are what spills first
+        GATHER: tl.constexpr = PAGE if BLOCK_D <= 128 else 32
         AHEAD: tl.constexpr = BLOCK_D <= 64 or (BLOCK_D <= 128 and WINDOW == 0 and SOFTCAP == 0)
-        for i in tl.range(0, unit_keys, PAGE, num_stages=None if AHEAD else 1):
-            offset_n = i + tl.arange(0, PAGE)
+        for i in tl.range(0, unit_keys, GATHER, num_stages=None if AHEAD else 1):
+            offset_n = i + tl.arange(0, GATHER)
             inside = offset_n < unit_keys
             unit = tl.load(unit_indices + unit_first + offset_n // UNIT, mask=inside, other=0)
             key_positions = unit * UNIT + offset_n % UNIT
@@ -291,7 +292,7 @@ TILES = {
         (128, 64): Tile(64, 4, 3),
         (128, 128): Tile(128, 8, 3),
         (256, 64): Tile(64, 8, 2),
-        (256, 128): Tile(128, 8, 2),
+        (256, 128): Tile(64, 8, 2),
     },
     100: {
         (64, 64): Tile(64, 4, 3),

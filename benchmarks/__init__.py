@@ -1,0 +1,6 @@
+"""What is measured, and against whom. Results are kept in results/<device>."""
+
+import os
+
+# Waiting threads sleep: else the time that OpenMP spins would count as CPU time. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
