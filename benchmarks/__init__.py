@@ -2,5 +2,5 @@
 
 import os
 
-# Waiting threads sleep: else the time that OpenMP spins would count as CPU time. Read when torch is first imported.
+# Waiting threads sleep: else the time that OpenMP spins would count as CPU time. Read by torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

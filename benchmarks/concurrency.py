@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from benchmarks.common import exit_with, interleaved_medians, print_table, write_results
 from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.serving import Server, serving
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
     asked = parser.parse_args(arguments)
 
+    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
     folder = model_folder(asked.model)
     text = load_text(asked.text, load_tokenizer(folder))
     numbers = itertools.count()
@@ -61,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with serving(asked.model, *flags) as server:
         timings = interleaved_medians(
             {
-                "in a row": lambda: in_a_row(server, fresh(), asked.answer),
-                "at once": lambda: at_once(server, fresh(), asked.answer),
+                "in a row": lambda _: in_a_row(server, fresh(), asked.answer),
+                "at once": lambda _: at_once(server, fresh(), asked.answer),
             },
             asked.repeats,
         )
@@ -80,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "text": text.name,
         },
         # The work is the server's: the CPU time of this process says nothing.
-        "seconds": {name: timing.json() | {"cpu_seconds": None} for name, timing in timings.items()},
+        "seconds": {name: timing.json() | {"cpu_s_per_thread": None} for name, timing in timings.items()},
         "ratio": round(ratio, 4),
     }
-    path = write_results("concurrency", results, asked.out, device="cpu")
+    path = write_results("concurrency", results, folder=asked.out)
     print_table(
         f"{asked.requests} requests of {asked.length} prompt and {asked.answer} answer tokens, {asked.plan}",
         ("", "seconds", "answer tokens/s"),

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.common import exit_with, print_table, write_results
 from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.serving import Server, serving
@@ -85,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
     asked = parser.parse_args(arguments)
 
+    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
     folder = model_folder(asked.model)
     text: Text = load_text(asked.text, load_tokenizer(folder))
     prompts = [text.ring(start, asked.length) for start in (0, START_OF_SECOND)]
@@ -120,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ratio": round(held[plans[1]] / held[KEEP_ALL], 4),
         "together": [asdict(pair) for pair in pairs],
     }
-    path = write_results("kv_memory", results, asked.out, device="cpu")
+    path = write_results("kv_memory", results, folder=asked.out)
     mib = 2**20
     print_table(
         f"KV memory after {asked.length} prompt tokens; then two requests in {pool_bytes / mib:.0f} MiB",

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -113,12 +114,15 @@ def measure(shape: Shape, length: int, rounds: int) -> tuple[dict[str, Timing], 
 
         return run
 
+    def listed(density: float, x: Inputs) -> Selection:
+        return x.sparse[density]
+
     everything = dense(torch.device("cpu"))
     cases: dict[str, Callable[[int], Tensor]] = {"sdpa": sdpa, "dense": ours(lambda _: everything)}
     densities = {"sdpa": 1.0, "dense": 1.0}
     for density in DENSITIES:
         name = f"sparse {density:.0%}"
-        cases[name] = ours(lambda x, density=density: x.sparse[density])
+        cases[name] = ours(partial(listed, density))
         densities[name] = computed_density(inputs[0].sparse[density])
     error = (cases["dense"](0) - sdpa(0)[0]).abs().max().item()
     assert error < (1e-4 if shape.dtype == torch.float32 else 5e-2), f"dense differs from SDPA by {error}"
@@ -185,7 +189,8 @@ def main() -> None:
         parser.error(f"--lengths must be multiples of {PAGE_SIZE}")
     if not cpu.is_available():
         parser.exit(1, "the CPU kernel cannot be compiled here\n")
-    shape = Shape(*options.heads, options.head_dim, getattr(torch, options.dtype))
+    num_heads, num_kv_heads = options.heads
+    shape = Shape(num_heads, num_kv_heads, options.head_dim, getattr(torch, options.dtype))
     ceilings = {str(dtype): gemm_ceiling(dtype) for dtype in (torch.float32, torch.bfloat16)}
     rows = [row for length in options.lengths for row in rows_of(shape, length, options.rounds)]
     gemms = ", ".join(f"{name.removeprefix('torch.')} {gflops:.0f}" for name, gflops in ceilings.items())

@@ -17,6 +17,7 @@ from configs.plan import PlanFile
 from configs.schema import EngineConfig, SchedulerConfig
 from engine import attention
 from engine.engine import Engine
+from engine.kernels import kernels_for
 from engine.messages import Cost, Sampling, Submit
 from engine.models import load_model, model_info
 from engine.plans import ResolvedPlan, resolve_plans
@@ -87,12 +88,13 @@ class Scorer:
             device=torch.device(device),
             states=states,
         )
-        runner = ModelRunner(network, self._cache, torch.device(device))
+        on = torch.device(device)
+        runner = ModelRunner(network, self._cache, kernels_for(on), on)
         self._engine = Engine(self.plans, Scheduler(config, self._cache), runner, self._cache, ())
         self._recorder = _Recorder(network)
 
     def _pages(self, info: ModelInfo, longest: int) -> int:
-        """Enough for the longest sequence under the plan that promises most; a prompt may be any part of it."""
+        """Enough for the longest sequence under the plan that promises most."""
         rows = info.num_layers * info.num_kv_heads
         keep_all = rows * (-(-(longest + 1) // PAGE_SIZE) + 1)
         return max(keep_all, *(plan.pages_needed(longest, longest + 1) for plan in self.plans.values()))

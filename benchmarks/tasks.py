@@ -1,7 +1,7 @@
 """Texts that tell good selection from bad: needles to find, a passage to copy, and plain prose.
 
-Each is a sequence of given tokens, of which some are judged. Plain perplexity hardly sees what a plan leaves out;
-digits far back in the prompt and a passage that comes twice do.
+Each is a sequence of given tokens, of which some are judged. Plain perplexity hardly sees what a plan leaves
+out; digits far back in the prompt and a passage that comes twice do.
 """
 
 import random
@@ -48,7 +48,7 @@ def plain(piece: Sequence[int], replayed: int, rows: int) -> Task:
 
 def repeated(piece: Sequence[int], replayed: int, passage: int) -> Task:
     """A passage, prose, and the passage again, whose last `replayed` tokens are no part of the prompt."""
-    assert CUE < passage - replayed, f"a passage of {passage} tokens is too short to replay {replayed}"
+    assert passage - replayed > CUE, f"a passage of {passage} tokens is too short to replay {replayed}"
     # `piece` has as many tokens as the task: what the repeat displaces is cut from the end of the prose.
     tokens = (*piece[: len(piece) - passage], *piece[:passage])
     first = len(tokens) - passage + CUE - 1
@@ -58,7 +58,7 @@ def repeated(piece: Sequence[int], replayed: int, passage: int) -> Task:
 def needles(
     piece: Sequence[int], tokenizer: Any, count: int, prompt_length: int, seed: int, chat: Chat | None = None
 ) -> Task:
-    """`count` cities' magic numbers hidden in prose at depths .05 to .95, all asked for, one answer after another.
+    """Magic numbers of `count` cities hidden in prose at depths .05 to .95, all of them asked for.
 
     The prompt ends where the first answer starts; the answers are replayed, so that a wrong digit spoils no
     other. Only digits are judged. Without `chat`, document and question are raw text.

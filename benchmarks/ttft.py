@@ -126,11 +126,11 @@ def measure(ours: InProcess | OverHttp, peer: HuggingFace, prompts: Prompts, rep
     """All candidates at one length, interleaved."""
     costs: dict[str, dict[str, Any]] = {}
 
-    def hf(cache: str) -> Callable[[], object]:
-        return lambda: peer.first_token(prompts.next(), cache)
+    def hf(cache: str) -> Callable[[int], object]:
+        return lambda _: peer.first_token(prompts.next(), cache)
 
-    def plan(name: str) -> Callable[[], object]:
-        return lambda: costs.update({name: ours.first_token(prompts.next(), name)})
+    def plan(name: str) -> Callable[[int], object]:
+        return lambda _: costs.update({name: ours.first_token(prompts.next(), name)})
 
     candidates = {f"hf {cache}": hf(cache) for cache in HF_CACHES} | {name: plan(name) for name in ours.plans}
     timings = interleaved_medians(candidates, repeats)
@@ -140,7 +140,7 @@ def measure(ours: InProcess | OverHttp, peer: HuggingFace, prompts: Prompts, rep
         cost = costs.get(name, {})
         shown = timing.json()
         if name in costs and isinstance(ours, OverHttp):
-            shown["cpu_seconds"] = None  # the work was another process's
+            shown["cpu_s_per_thread"] = None  # the work was another process's
         rows.append(
             Row(
                 prompts.length,
@@ -155,7 +155,7 @@ def measure(ours: InProcess | OverHttp, peer: HuggingFace, prompts: Prompts, rep
 
 
 def show(rows: Sequence[Row]) -> None:
-    headings = ("tokens", "candidate", "TTFT s", "CPU s", "of best HF", "keys read", "recall")
+    headings = ("tokens", "candidate", "TTFT s", "CPU s/thread", "of best HF", "keys read", "recall")
     print_table(
         "Time to first token (medians)",
         headings,
@@ -163,8 +163,8 @@ def show(rows: Sequence[Row]) -> None:
             (
                 row.length,
                 row.candidate,
-                row.timing["wall_seconds"],
-                row.timing["cpu_seconds"],
+                row.timing["wall_s"],
+                row.timing["cpu_s_per_thread"],
                 row.ratio_to_hf,
                 row.prefill_read_fraction,
                 row.attention_recall,
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for length in asked.lengths:
         rows += measure(ours, peer, Prompts(text, length), asked.repeats)
         results = {"settings": settings, "rows": [asdict(row) for row in rows]}
-        path = write_results("ttft", results, asked.out, device="cpu")
+        path = write_results("ttft", results, folder=asked.out)
     show(rows)
     print(f"written: {path.name}")
 

@@ -85,6 +85,31 @@ inline float largest_of(Floats x) {
   return largest;
 }
 
+// x [LANES][LANES] transposed in place: each perfect shuffle of rows i and i + LANES / 2 moves one bit of the row index
+// into the column index.
+inline void transpose(Floats* x) {
+#if FARSPAN_LANES == 16
+  const Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr int ROUNDS = 4;
+#elif FARSPAN_LANES == 8
+  const Ints low = {0, 8, 1, 9, 2, 10, 3, 11};
+  constexpr int ROUNDS = 3;
+#else
+  const Ints low = {0, 4, 1, 5};
+  constexpr int ROUNDS = 2;
+#endif
+  const Ints high = low + LANES / 2;
+  Floats y[LANES];
+#pragma GCC unroll 4
+  for (int round = 0; round < ROUNDS; ++round) {
+    for (int i = 0; i < LANES / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
+    }
+    for (int i = 0; i < LANES; ++i) x[i] = y[i];
+  }
+}
+
 // 2^x to 1e-7 of itself for x < 128; exactly 0 for x <= -127, -inf included.
 inline Floats exp2(Floats x) {
   x = larger(x, splat(-127.0f));

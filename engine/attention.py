@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
+from engine.kernels import Kernels
 from engine.plans import ResolvedPlan
 from engine.rope import Rope
 from kvcache.cache import KVCache
-from kvcache.decode import Rows, attend_rows
-from sparse.attention import attend
+from kvcache.decode import Rows
 from sparse.base import Chunk, PrefillMethod
 from sparse.dense import Dense
 from sparse.recall import causal_cells, raise_to_floor, read_cells, recall
@@ -61,6 +61,7 @@ class ForwardBatch:
     argument."""
 
     cache: KVCache
+    kernels: Kernels
     rope: Rope
     positions: Tensor  # [T] int64, of the packed tokens
     num_decodes: int = 0
@@ -97,7 +98,11 @@ class ForwardBatch:
         )
         pages, held = rows.pages[layer], rows.held[layer]
         pool = cache.pool
-        out.copy_(attend_rows(queries, pool.k, pool.v, pages, held, scale=scale, max_held=rows.max_held))
+        out.copy_(
+            self.kernels.attend_rows(
+                queries, pool.k, pool.v, pages, held, scale=scale, max_held=rows.max_held
+            )
+        )
 
     def _attend_chunk(
         self, run: ChunkRun, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor
@@ -117,7 +122,7 @@ class ForwardBatch:
             run.recalls.append(found)
             if run.plan.recall_floor is not None:
                 selection = raise_to_floor(selection, found, run.plan.recall_floor)
-        out.copy_(attend(q, keys, chunk, selection, scale=scale).out.transpose(0, 1))
+        out.copy_(self.kernels.attend(q, keys, chunk, selection, scale=scale).out.transpose(0, 1))
         run.read_cells.append(read_cells(selection, chunk, q.shape[0]))
         run.causal_cells += causal_cells(chunk, q.shape[0])
         if chunk.is_last:

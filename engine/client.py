@@ -192,6 +192,10 @@ class EngineClient:
         # A refusal may still be on its way to the receiver; no request waits for an engine not ready.
         await asyncio.wait([self._ready], timeout=1.0)
         self.death = f"the engine process ended with code {code}"
+        counts = self.stats  # of what was done; nothing runs, waits or is held any more
+        self.stats = Stats(
+            prompt_tokens=counts.prompt_tokens, generation_tokens=counts.generation_tokens, steps=counts.steps
+        )
         self._give_up(EngineDead(self.death))
         for request_id, queue in self._queues.items():
             queue.put_nowait(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=self.death))

@@ -69,7 +69,7 @@ class Engine:
         batch = self._scheduler.next_batch()
         if batch.num_tokens:
             outputs += self._run(batch)
-        elif not self._scheduler.has_work:
+        if not self._scheduler.has_work:
             self._cache.check()  # idle: the cheapest moment to prove that nothing leaks
         return Outputs(tuple(outputs), self.stats())
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import ChunkRun, ForwardBatch
+from engine.kernels import Kernels
 from engine.rope import Rope
 from engine.sampler import SampledRow, sample
 from engine.scheduler import Batch, ChunkPlan
@@ -28,10 +29,11 @@ class StepResult:
 class ModelRunner:
     """Packs sequences into one row of tokens, runs HuggingFace's own module code over it, and samples."""
 
-    def __init__(self, model: Any, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: Any, cache: KVCache, kernels: Kernels, device: torch.device) -> None:
         self._model = model
         self._rope = Rope.of(model)
         self._cache = cache
+        self._kernels = kernels
         self._device = device
 
     @torch.inference_mode()
@@ -62,7 +64,7 @@ class ModelRunner:
         for part in batch.chunks:
             cache.reserve(slot_of(part.sequence), part.end)
         cache.sync()
-        forward = ForwardBatch(cache, self._rope, positions, num_decodes=slots.size)
+        forward = ForwardBatch(cache, self._kernels, self._rope, positions, num_decodes=slots.size)
         if slots.size:
             forward.decode_destinations = cache.decode_destinations(slots)
             forward.rows = cache.decode_rows(slots)

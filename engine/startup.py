@@ -14,6 +14,7 @@ from configs.model import PAGE_SIZE, ModelInfo
 from configs.schema import ServeConfig
 from engine import attention
 from engine.engine import Engine
+from engine.kernels import kernels_for
 from engine.messages import ModelCard, Sampling, Submit
 from engine.models import end_tokens, load_model, model_info, prepare_model
 from engine.plans import ResolvedPlan, resolve_plans
@@ -88,7 +89,7 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
         device=device,
         states=resolution.states,
     )
-    runner = ModelRunner(network, cache, device)
+    runner = ModelRunner(network, cache, kernels_for(device), device)
 
     def engine() -> Engine:
         scheduler = Scheduler(config.scheduler, cache)

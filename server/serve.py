@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from configs.errors import ConfigError
 from configs.schema import EngineConfig, ServeConfig
 from engine.client import EngineClient
 from engine.errors import EngineDead
@@ -66,7 +67,7 @@ async def _announce(client: EngineClient, server: uvicorn.Server, name: str, lis
     """Print the ready line when requests are served; stop the server if that never comes."""
     try:
         await client.wait_ready()
-    except EngineDead:
+    except (EngineDead, ConfigError):
         server.should_exit = True
         raise
     print(_ready_line(name, client.card, listener), flush=True)

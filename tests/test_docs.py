@@ -5,9 +5,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import click
 import pytest
 import typer
 import yaml
@@ -68,14 +67,14 @@ def named_in_tree(tree: str) -> Iterator[str]:
             folders.append(name)
 
 
-def command(*names: str) -> click.Command:
-    found = typer.main.get_command(app)
+def command(*names: str) -> Any:
+    found: Any = typer.main.get_command(app)
     for name in names:
-        found = cast(Any, found).commands[name]
+        found = found.commands[name]
     return found
 
 
-def flags(found: click.Command) -> set[str]:
+def flags(found: Any) -> set[str]:
     return {name for option in found.params if option.param_type_name == "option" for name in option.opts}
 
 

@@ -16,6 +16,7 @@ from configs.plan import PlanFile
 from configs.schema import SchedulerConfig
 from engine import attention
 from engine.engine import Engine
+from engine.kernels import Kernels, kernels_for
 from engine.messages import Sampling, Submit, TokenOutput
 from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
@@ -151,6 +152,7 @@ def tiny_engine(
     network: Any = None,
     num_pages: int = 3000,
     max_length: int = 2048,
+    kernels: Kernels | None = None,
     **scheduling: Any,
 ) -> TinyEngine:
     """An engine in this process, around a tiny model, with room for a few sequences."""
@@ -168,7 +170,8 @@ def tiny_engine(
         device=torch.device("cpu"),
         states=states,
     )
-    runner = ModelRunner(network, cache, torch.device("cpu"))
+    device = torch.device("cpu")
+    runner = ModelRunner(network, cache, kernels or kernels_for(device), device)
     return TinyEngine(Engine(resolved, Scheduler(config, cache), runner, cache, ()), cache, resolved, network)
 
 

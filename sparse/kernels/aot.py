@@ -220,13 +220,16 @@ def main(arguments: list[str]) -> int:
         "--only", metavar="TEXT", action="append", help="with --check: names that contain this"
     )
     options = parser.parse_args(arguments)
-    if options.only and not options.check:
-        parser.error("--only needs --check: a part of the table cannot replace all of it")
+    if options.exactly and not options.check:
+        parser.error("--exactly needs --check: a part of the table cannot replace all of it")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    chosen = [b for b in builds() if not options.only or any(text in b.name for text in options.only)]
-    if not chosen:
-        parser.error(f"no build's name contains {' or '.join(options.only)}")
+    chosen = list(builds())
+    if options.exactly:
+        unknown = set(options.exactly) - {build.name for build in chosen}
+        if unknown:
+            parser.error(f"no build is called {', '.join(sorted(unknown))}; {TABLE_FILE.name} lists them")
+        chosen = [build for build in chosen if build.name in options.exactly]
 
     text = TABLE_FILE.read_text()
     version, committed = read_table(text) if options.check else ("", {})

@@ -97,7 +97,7 @@ class BrgemmRows {
   }
 
   void finish(const Results& results) const {
-    for (int64_t first = 0; first < state_.padded(); first += PANEL)
+    for (int64_t first = 0; first < state_.padded(); first += LANES)
       state_.write(first, &out_[first], state_.padded(), head_dim_, results);
   }
 

@@ -65,9 +65,7 @@ class PanelRows {
     for (int64_t first = 0; first < state_.padded(); first += PANEL) {
       const int64_t width = state_.width(first);
       float* panel = &q_[first * head_dim_];
-      for (int64_t lane = 0; lane < width; ++lane)
-        for (int64_t d = 0; d < head_dim_; ++d)
-          panel[d * width + lane] = first + lane < queries.num_rows() ? queries.at(first + lane, d) : 0.0f;
+      for (int64_t lane = 0; lane < width; lane += LANES) transpose_rows(queries, first + lane, panel + lane, width);
     }
   }
 
@@ -93,11 +91,27 @@ class PanelRows {
   }
 
   void finish(const Results& results) const {
-    for (int64_t first = 0; first < state_.padded(); first += PANEL)
-      state_.write(first, &out_[first * head_dim_], state_.width(first), head_dim_, results);
+    for (int64_t first = 0; first < state_.padded(); first += LANES) {
+      const int64_t panel = first / PANEL * PANEL;
+      state_.write(first, &out_[panel * head_dim_ + first - panel], state_.width(panel), head_dim_, results);
+    }
   }
 
  private:
+  // One vector of rows, [D][.] and `width` floats apart; what is behind the last row becomes 0.
+  void transpose_rows(const Queries& queries, int64_t first, float* to, int64_t width) const {
+    const int count = static_cast<int>(std::min<int64_t>(LANES, queries.num_rows() - first));
+    int64_t d = 0;
+    for (; d + LANES <= head_dim_; d += LANES) {
+      Floats block[LANES] = {};
+      for (int i = 0; i < count; ++i) block[i] = queries.vector_at(first + i, d);
+      transpose(block);
+      for (int i = 0; i < LANES; ++i) store(to + (d + i) * width, block[i]);
+    }
+    for (; d < head_dim_; ++d)
+      for (int i = 0; i < LANES; ++i) to[d * width + i] = i < count ? queries.at(first + i, d) : 0.0f;
+  }
+
   int64_t head_dim_;
   RowState state_;
   Buffer<float> q_, out_;  // per panel [D][width]

@@ -43,18 +43,38 @@ struct Queries {
 
   int64_t num_rows() const { return num_heads * num_tokens; }
 
+  int64_t place(int64_t row, int64_t d) const {
+    return row % num_heads * head_stride + row / num_heads * token_stride + d;
+  }
   float at(int64_t row, int64_t d) const {
-    const int64_t offset = row % num_heads * head_stride + row / num_heads * token_stride + d;
-    return is_bf16 ? bf16_to_float(static_cast<const uint16_t*>(q)[offset]) : static_cast<const float*>(q)[offset];
+    const int64_t i = place(row, d);
+    return is_bf16 ? bf16_to_float(static_cast<const uint16_t*>(q)[i]) : static_cast<const float*>(q)[i];
+  }
+  Floats vector_at(int64_t row, int64_t d) const {
+    const int64_t i = place(row, d);
+    return is_bf16 ? load(static_cast<const uint16_t*>(q) + i) : load(static_cast<const float*>(q) + i);
   }
 };
 
 // Where the rows of a task go.
 struct Results {
-  void* out;  // [heads][head_tokens][D], from the task's first head and token on
+  void* out;   // [heads][head_tokens][D], from the task's first head and token on
   float* lse;  // [heads][head_tokens]
   bool is_bf16;
   int64_t head_tokens;
+
+  void put(int64_t place, float x) const {
+    if (is_bf16)
+      static_cast<uint16_t*>(out)[place] = float_to_bf16(x);
+    else
+      static_cast<float*>(out)[place] = x;
+  }
+  void put(int64_t place, Floats x) const {
+    if (is_bf16)
+      for (int i = 0; i < LANES; ++i) put(place + i, x[i]);
+    else
+      store(static_cast<float*>(out) + place, x);
+  }
 };
 
 struct Visible {
@@ -151,22 +171,27 @@ class RowState {
     return {&position_[first], &top_[first], &sum_[first], out, stride};
   }
 
-  // Rows [first, first + width) of the panel there, from out [D], `stride` floats apart.
-  void write(int64_t first, const float* out, int64_t stride, int64_t head_dim, const Results& results) const {
-    const int64_t end = std::min(first + width(first), queries_.num_rows());
-    for (int64_t row = first; row < end; ++row) {
-      const int64_t place = row % queries_.num_heads * results.head_tokens + row / queries_.num_heads;
+  // The rows of the vector that starts at row `first`, from sums [D], `stride` floats apart.
+  void write(int64_t first, const float* sums, int64_t stride, int64_t head_dim, const Results& results) const {
+    const int count = static_cast<int>(std::min<int64_t>(LANES, queries_.num_rows() - first));
+    int64_t places[LANES];
+    float shares[LANES];
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = first + i;
       const bool empty = sum_[row] == 0;
-      const float share = empty ? 0.0f : 1.0f / sum_[row];
-      results.lse[place] = empty ? -INFINITY : (top_[row] + std::log2(sum_[row])) * LN_2;
-      for (int64_t d = 0; d < head_dim; ++d) {
-        const float x = out[d * stride + row - first] * share;
-        if (results.is_bf16)
-          static_cast<uint16_t*>(results.out)[place * head_dim + d] = float_to_bf16(x);
-        else
-          static_cast<float*>(results.out)[place * head_dim + d] = x;
-      }
+      places[i] = row % queries_.num_heads * results.head_tokens + row / queries_.num_heads;
+      shares[i] = empty ? 0.0f : 1.0f / sum_[row];
+      results.lse[places[i]] = empty ? -INFINITY : (top_[row] + std::log2(sum_[row])) * LN_2;
     }
+    int64_t d = 0;
+    for (; d + LANES <= head_dim; d += LANES) {
+      Floats block[LANES];
+      for (int i = 0; i < LANES; ++i) block[i] = load(sums + (d + i) * stride);
+      transpose(block);
+      for (int i = 0; i < count; ++i) results.put(places[i] * head_dim + d, block[i] * shares[i]);
+    }
+    for (; d < head_dim; ++d)
+      for (int i = 0; i < count; ++i) results.put(places[i] * head_dim + d, sums[d * stride + i] * shares[i]);
   }
 
  private:

@@ -112,16 +112,27 @@ def test_a_server_whose_engine_died_says_so_and_stays(model: Path, tmp_path: Pat
         assert server.process.wait(PATIENCE) == 0
 
 
-def test_a_model_that_cannot_be_served_is_refused_before_the_server_is_ready(tmp_path: Path) -> None:
-    save_tokenizer(tmp_path / "odd")
-    (tmp_path / "odd" / "config.json").write_text('{"model_type": "mamba"}')
-    (tmp_path / "odd" / "model.safetensors").touch()
+def refused(*arguments: str) -> str:
+    """What `farspan serve` says on standard error, having ended with code 2 and no ready line."""
     ended = subprocess.run(
-        [sys.executable, "-m", "server.cli", "serve", str(tmp_path / "odd"), "--port", "0"],
+        [sys.executable, "-m", "server.cli", "serve", *arguments, "--port", "0"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=PATIENCE * 4,
     )
     assert ended.returncode == 2, ended
-    assert "mamba" in ended.stderr and "Traceback" not in ended.stderr and ended.stdout == ""
+    assert "Traceback" not in ended.stderr and ended.stdout == ""
+    return ended.stderr
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_the_server_is_ready(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "odd" / "model.safetensors").touch()
+    assert "mamba" in refused(str(tmp_path / "odd"))
+
+
+def test_a_cache_that_is_too_small_is_refused_once_the_model_is_loaded(model: Path) -> None:
+    message = refused(str(model), "--kv-cache-memory-bytes", "64KiB", "--plan", "dense")
+    assert "cache.kv_cache_memory_bytes" in message and "too few" in message
