@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.parts import CANNOT_RUN, ROOT
+
 RESULTS = ROOT / "benchmarks" / "results"
-CANNOT_RUN = 3  # exit code: something that a benchmark needs is not here; `benchmarks.all` goes on
 
 
 class CannotRun(Exception):
@@ -151,8 +151,13 @@ def write_results(
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table for a person: words to the left, numbers to the right."""
-    from rich.console import Console  # here: a machine without it still measures and writes
-    from rich.table import Table
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # a bare CUDA machine: it still measures
+        for line in ([title], headings, *rows):
+            print("  ".join(map(_shown, line)))
+        return
 
     table = Table(title=title, title_justify="left")
     for column, heading in enumerate(headings):

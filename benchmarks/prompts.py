@@ -7,7 +7,8 @@ from typing import Any
 
 import tokenizers
 
-from benchmarks.common import ROOT, CannotRun
+from benchmarks.common import CannotRun
+from benchmarks.parts import ROOT
 from configs.errors import ConfigError
 from configs.schema import EngineConfig
 from engine.models import prepare_model

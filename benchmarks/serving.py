@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common import ROOT, CannotRun
+from benchmarks.common import CannotRun
+from benchmarks.parts import ROOT
 
 READY = re.compile(
     r"farspan ready: (?P<url>http://\S+)/v1  model=(?P<model>\S+) .*pages=(?P<pages>\d+)×(?P<page_bytes>\d+)B"

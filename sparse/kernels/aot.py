@@ -54,8 +54,7 @@ class Build:
     architecture: int
     types: dict[str, str]  # argument -> Triton's name of its type; None = passed as None
     constants: dict[str, int | float | bool]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int | bool]  # Triton's, as the launcher passes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +125,7 @@ def attention_build(
             features=features,
             interpreted=False,
         ),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        options=tile.options(),
     )
 
 
@@ -145,11 +143,10 @@ def compile_build(build: Build) -> Row:
         else:
             signature[name] = "constexpr"
             constexprs[name] = build.constants.get(name)
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(
         ASTSource(build.kernel, signature=signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", build.architecture, 32),
-        options=options,
+        options=build.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -47,9 +47,8 @@ def _fold(acc, peak, total, scores, values, factor, bias):
     acc [M, D], peak [M], total [M], scores [M, N] with -inf where masked, values [N, D].
     """
     new_peak = tl.maximum(peak, tl.max(scores, 1) * factor + bias)
-    shift = tl.where(
-        new_peak == float("-inf"), 0.0, new_peak
-    )  # a row that has seen nothing: exp2(-inf), never NaN
+    # a row that has seen nothing yet: exp2(-inf), never exp2(-inf - -inf)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(scores * factor + (bias - shift)[:, None])
     decay = tl.exp2(peak - shift)
     total = total * decay + tl.sum(weights, 1)
@@ -269,6 +268,15 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, int | bool]:
+        """Triton's compile options."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # the default differs between versions of Triton
+            "maxnreg": 255,  # all there are: else ptxas spills a few on sm_100 to fit a second program beside
+        }
+
 
 # architecture -> (head size rounded up, 128 where the rows of a list divide by it) -> how to build a tile.
 # Chosen without a GPU, by what the compiler makes of it (docs/kernels.md): the most rows for each key loaded,
@@ -446,9 +454,7 @@ def attend(
             features=features,
             interpreted=triton.knobs.runtime.interpret,
         ),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=True,  # the default differs between versions of Triton
+        **tile.options(),
     )
     return Attended(out, lse)
 

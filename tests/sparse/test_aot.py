@@ -53,17 +53,17 @@ def test_nothing_in_the_table_spills_or_outgrows_its_gpu() -> None:
         row = rows[build.name]
         assert row.spilled == 0 and row.instructions > 0, row
         assert row.shared <= most_shared[build.architecture], row
-        assert row.registers * 32 * build.num_warps <= 64 * 1024, row  # what a multiprocessor has
+        assert row.registers * 32 * build.options["num_warps"] <= 64 * 1024, row  # what a multiprocessor has
 
 
 def test_every_tile_is_built() -> None:
-    shapes = {(b.architecture, b.constants["BLOCK_M"], b.num_warps, b.num_stages) for b in aot.builds()}
+    built = {(b.architecture, b.constants["BLOCK_M"], *b.options.values()) for b in aot.builds()}
     tiles = {
-        (architecture, tile.rows, tile.num_warps, tile.num_stages)
+        (architecture, tile.rows, *tile.options().values())
         for architecture, by_shape in TILES.items()
         for tile in by_shape.values()
     }
-    assert tiles <= shapes
+    assert tiles <= built
 
 
 def test_what_the_check_objects_to() -> None:
