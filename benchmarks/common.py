@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.parts import CANNOT_RUN, ROOT
+from configs.errors import ConfigError
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -183,6 +184,9 @@ def exit_with(main: Callable[[], None]) -> None:
     """Run a benchmark's main. What it cannot do without ends it with the words for it and CANNOT_RUN."""
     try:
         main()
+    except ConfigError as error:  # a plan or model as given: the words are for whoever gave it
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except CannotRun as error:
         print(f"cannot run: {error}", file=sys.stderr)
         sys.exit(CANNOT_RUN)

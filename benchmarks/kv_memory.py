@@ -40,9 +40,10 @@ class Together:
 
 
 def held_after_prompt(server: Server, prompt: Sequence[int], plan: str, answer: int) -> int:
-    """KV bytes of one sequence that has its first token and goes on."""
+    """KV bytes of one sequence behind its prompt, the page for the first answer tokens included."""
     with server.streaming(prompt, plan, answer) as pieces:
-        next(pieces)
+        for _ in range(2):  # the first token is there before a page is taken for it
+            next(pieces)
         metrics = server.metrics()
     assert metrics[RUNNING] == 1, f"{metrics[RUNNING]} sequences were alive: generate more tokens"
     return int(metrics[HELD])

@@ -23,7 +23,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 
 # Shown equal to HuggingFace on tiny random models, packed and chunked: tests/engine/test_families.py
-FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+FAMILIES = {"granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2"}
+ALWAYS_SLIDING = {"mistral", "phi3", "starcoder2"}  # a window in their config holds in every layer
 
 
 def prepare_model(config: EngineConfig) -> Path:
@@ -177,7 +178,9 @@ def _served_length(name: str, hf: Any, config: EngineConfig) -> int:
         )
     length = own if asked == "auto" else asked
     window = getattr(hf, "sliding_window", None)
-    slides = hf.model_type == "mistral" or "sliding_attention" in (getattr(hf, "layer_types", None) or [])
+    slides = hf.model_type in ALWAYS_SLIDING or "sliding_attention" in (
+        getattr(hf, "layer_types", None) or []
+    )
     if window is not None and slides and length > window:
         raise ConfigError(
             f"model: {name}: its sliding window of {window} tokens is not served;"

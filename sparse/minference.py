@@ -1,17 +1,37 @@
-"""MInference: the last queries of a chunk tell which columns and diagonals of attention all of it needs."""
+"""MInference: each head reads by its pattern; most often the columns and diagonals that the last queries of a
+chunk look at."""
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
 from sparse.base import Chunk, KeyView, StateRegistry
-from sparse.estimator import estimate
+from sparse.estimator import Estimate, estimate
+from sparse.head_files import read_heads
+from sparse.head_patterns import (
+    NUM_LOCAL,
+    NUM_SINKS,
+    HeadGroup,
+    HeadPattern,
+    LayerHeads,
+    head_pattern,
+    layer_heads,
+)
+from sparse.pattern_masks import (
+    best_pages,
+    keep_lines,
+    outside_pages,
+    page_diagonals,
+    page_means,
+    pages_on_diagonals,
+    window_pages,
+)
 from sparse.selection import (
+    ALL,
+    BlockLists,
     ExactRows,
     Selection,
     dense,
@@ -21,173 +41,184 @@ from sparse.selection import (
     pack,
 )
 
-NUM_SINKS = 30  # first keys that are always read, as published
-NUM_LOCAL = 100  # distances that are always read, as published
-PATTERN = "vertical_and_slash"
+OPTIONS_OF = {  # what a pattern reads of the options that not all of them do
+    "vertical_and_slash": ("vertical", "slash", "last_q", "threshold"),
+    "a_shape": ("init", "local"),
+    "tri_shape": ("init", "local"),
+    "block_sparse": ("top_k",),
+}
+ESTIMATOR = ("last_q", "threshold")  # the options that go with a file of heads, if any is vertical-slash
 
 
 @dataclass
 class MInference:
-    """Read the vertical and slash lines that the last queries look at most. https://arxiv.org/abs/2407.02490
+    """Read what a head's pattern says. https://arxiv.org/abs/2407.02490
 
-    Budgets count lines, those forced included (30 verticals, 100 slashes); a smaller budget means the forced
-    ones alone. What it costs depends on how much the slashes cluster: they are widened to whole pages.
+    Vertical-slash heads read the lines that the last queries look at most. Budgets count lines, those forced
+    included (30 verticals, 100 slashes); a smaller budget means the forced ones alone. What it costs depends
+    on how much the slashes cluster: all but single verticals is widened to whole pages.
     """
 
     vertical: int = 512  # keys per head that every later query reads
     slash: int = 512  # distances per head at which every query reads; of 8K tokens, 6% each
+    pattern: str = "vertical_and_slash"  # of all heads: vertical_and_slash, a_shape, tri_shape, block_sparse
+    threshold: float | None = None  # share of the attention, by lines of a kind, after which budgets stop
     last_q: int = 64  # last rows of a chunk that decide
-    heads: Path | None = (
-        None  # JSON of (pattern, vertical, slash) per layer and query head; replaces the two above
-    )
-    vertical_budgets: Tensor = field(init=False, repr=False, compare=False)  # [L, Hq] int64
-    slash_budgets: Tensor = field(init=False, repr=False, compare=False)  # [L, Hq] int64
-    most_verticals: list[int] = field(init=False, repr=False, compare=False)  # per layer, for the host
-    most_slashes: list[int] = field(init=False, repr=False, compare=False)
-
-    grid = True
+    init: int = 128  # first keys that a_shape and tri_shape read
+    local: int = 3968  # nearest distances that they read
+    top_k: int = 100  # pages per query block that block_sparse reads, beside the first and its own
+    last_rows_dense: int = 0  # last rows of a prompt that read everything, in every head
+    heads: Path | None = None  # JSON of (pattern, number, number) per layer and query head
+    layers: list[LayerHeads] = field(init=False, repr=False, compare=False)  # [L]
+    grid: bool = field(init=False, repr=False, compare=False, default=True)
 
     def __post_init__(self) -> None:
-        for name in ("vertical", "slash"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        least = {"vertical": 1, "slash": 1, "init": 0, "local": 1, "top_k": 1, "last_rows_dense": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {value}")
         if not 1 <= self.last_q <= 64:
             raise ValueError(
                 f"last_q ({self.last_q}) must be 1 to 64: only 64 rows are sure to end every chunk"
             )
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(
+                f"threshold ({self.threshold}) must lie between 0 and 1; without one, budgets alone decide"
+            )
+        if self.pattern not in OPTIONS_OF:
+            raise ValueError(f"pattern ({self.pattern!r}) must be one of {', '.join(OPTIONS_OF)}")
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        """An option that differs from its default but is read by no head says that someone is mistaken."""
+        read = OPTIONS_OF[self.pattern] if self.heads is None else ESTIMATOR
+        names = {name for options in OPTIONS_OF.values() for name in options}
+        if self.heads is not None:
+            names.add("pattern")
+        for name in sorted(names.difference(read)):
+            value = getattr(self, name)
+            if value != getattr(MInference, name):
+                reason = (
+                    f"pattern {self.pattern} does not read it"
+                    if self.heads is None
+                    else "the file of heads decides"
+                )
+                raise ValueError(f"{name} ({value!r}) has no effect: {reason}; leave it out")
 
     def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
-        """Read the budgets of every (layer, head)."""
+        """Group the heads of every layer by pattern."""
         if self.heads is None:
-            budgets = [[(self.vertical, self.slash)] * model.num_query_heads] * model.num_layers
+            table = [[self._pattern_of_all()] * model.num_query_heads] * model.num_layers
         else:
-            budgets = read_heads(files / self.heads, model)
-        table = torch.tensor(budgets)  # [L, Hq, 2]
-        # The forced lines are part of the budget. A smaller one would keep an arbitrary few of them, perhaps
-        # without the diagonal itself: rows without keys.
-        self.vertical_budgets = table[..., 0].clamp_min(NUM_SINKS)
-        self.slash_budgets = table[..., 1].clamp_min(NUM_LOCAL)
-        self.most_verticals = self.vertical_budgets.amax(1).tolist()
-        self.most_slashes = self.slash_budgets.amax(1).tolist()
+            table = read_heads(files / self.heads, model)
+        self.layers = [layer_heads(patterns, self.last_rows_dense) for patterns in table]
+        # Windows move with the row and blocks are pages: only the estimator looks ahead, to a chunk's end.
+        self.grid = any(layer.lines is not None for layer in self.layers)
+        for name in ESTIMATOR:
+            value = getattr(self, name)
+            if not self.grid and value != getattr(MInference, name):
+                raise ValueError(
+                    f"{name} ({value}) has no effect: no head of {self.heads} is vertical_and_slash; "
+                    f"leave it out"
+                )
+
+    def _pattern_of_all(self) -> HeadPattern:
+        numbers = {"vertical_and_slash": (self.vertical, self.slash), "block_sparse": (0, self.top_k)}
+        return head_pattern(self.pattern, *numbers.get(self.pattern, (self.init, self.local)))
 
     def select(self, layer: int, q: Tensor, keys: KeyView, chunk: Chunk, *, scale: float) -> Selection:
-        num_rows = min(self.last_q, chunk.length)
-        if num_rows == chunk.length:  # the estimator would compute every row of the chunk
-            return replace(dense(q.device), estimator_rows=num_rows)
+        heads = self._heads_on(q.device, layer)
         num_tokens = chunk.start + chunk.length
-        seen = estimate(q[:, -num_rows:], num_tokens - num_rows, keys, scale=scale)
-        if self.vertical_budgets.device != q.device:
-            self.vertical_budgets = self.vertical_budgets.to(q.device)
-            self.slash_budgets = self.slash_budgets.to(q.device)
-        most_verticals = min(self.most_verticals[layer], num_tokens)
-        most_slashes = min(self.most_slashes[layer], num_tokens)
-        verticals = keep_lines(seen.columns, self.vertical_budgets[layer], NUM_SINKS, most_verticals)
-        slashes = keep_lines(seen.diagonals, self.slash_budgets[layer], NUM_LOCAL, most_slashes)
-
+        num_rows = 0 if heads.lines is None else min(self.last_q, chunk.length)
+        # The estimator would compute every row of the chunk, or all its rows were asked to be dense.
+        if num_rows == chunk.length or chunk.start >= chunk.prompt_length - heads.least_last_rows:
+            return replace(dense(q.device), estimator_rows=chunk.length)
         num_blocks = num_query_blocks(chunk.start, chunk.length, PAGE_SIZE)
-        block_page = chunk.start // PAGE_SIZE + torch.arange(
-            num_blocks, device=q.device
+        num_pages = -(-num_tokens // PAGE_SIZE)
+        block_page = (
+            num_pages - num_blocks + torch.arange(num_blocks, device=q.device)
         )  # [B] page of its rows
-        pages = pages_on_diagonals(page_diagonals(slashes), block_page)  # [Hq, B, P]
-        columns = pack(
-            torch.arange(num_tokens, device=q.device), verticals, most_verticals
-        )  # [Hq, K] ascending
-        alone = outside_pages(columns, verticals.sum(-1), pages, block_page)  # [Hq, B, K]
-        return Selection(
+        pages = torch.zeros(q.shape[0], num_blocks, num_pages, dtype=torch.bool, device=q.device)
+        gathered, exact = None, None
+        if heads.lines is not None:
+            seen = estimate(q[:, -num_rows:], num_tokens - num_rows, keys, scale=scale)
+            exact = ExactRows(seen.out, seen.lse)
+            pages[heads.lines.heads], gathered = self._lines(heads.lines, seen, block_page)
+            gathered = _spread(gathered, heads.lines.heads, q.shape[0])
+        if heads.windows is not None:
+            init, local = heads.windows.budgets
+            pages[heads.windows.heads] = window_pages(init, local, block_page, num_pages)
+        if heads.blocks is not None:
+            pages[heads.blocks.heads] = _best_pages(heads.blocks, q, keys, chunk, block_page)
+        selection = Selection(
             query_block=PAGE_SIZE,
             pages=lists_from_mask(pages, PAGE_SIZE),
-            gathered=lists_from_ids(columns[:, None], alone, 1),
-            exact=ExactRows(seen.out, seen.lse),
+            gathered=gathered,
+            exact=exact,
             estimator_rows=num_rows,
         )
+        return _with_last_rows_dense(selection, heads, chunk, num_rows)
+
+    def _heads_on(self, device: torch.device, layer: int) -> LayerHeads:
+        """The heads of a layer, moved to the device when it is first used."""
+        if self.layers[layer].last_rows.device != device:
+            self.layers[layer] = self.layers[layer].to(device)
+        return self.layers[layer]
+
+    def _lines(self, group: HeadGroup, seen: Estimate, block_page: Tensor) -> tuple[Tensor, BlockLists]:
+        """Of the n heads of a group, pages [n, B, P] bool and the columns outside of them."""
+        num_tokens = seen.columns.shape[1]
+        most_verticals, most_slashes = (min(most, num_tokens) for most in group.most)
+        verticals = keep_lines(
+            seen.columns[group.heads], group.budgets[0], NUM_SINKS, most_verticals, self.threshold
+        )
+        slashes = keep_lines(
+            seen.diagonals[group.heads], group.budgets[1], NUM_LOCAL, most_slashes, self.threshold
+        )
+        pages = pages_on_diagonals(page_diagonals(slashes), block_page)
+        columns = pack(torch.arange(num_tokens, device=pages.device), verticals, most_verticals)  # [n, K]
+        alone = outside_pages(columns, verticals.sum(-1), pages, block_page)  # [n, B, K]
+        return pages, lists_from_ids(columns[:, None], alone, 1)
 
 
-def keep_lines(scores: Tensor, budgets: Tensor, num_forced: int, most: int) -> Tensor:
-    """The first `num_forced` lines, and the best others up to each head's budget. Ties: lower index first.
-
-    scores [Hq, N] -> bool [Hq, N]; budgets [Hq] >= num_forced lines, at most `most` of the N there are.
-    """
-    scores = scores.clone()
-    scores[:, :num_forced] = float("inf")
-    best = scores.topk(most).values  # the values are sure, among equals the indices of topk are not
-    last = best.gather(1, (budgets.clamp_max(scores.shape[1]) - 1)[:, None])  # [Hq, 1] the lowest score kept
-    above, equal = scores > last, scores == last
-    room = budgets[:, None] - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= room))
+def _spread(lists: BlockLists, heads: Tensor, num_heads: int) -> BlockLists:
+    """The lists of some heads as lists of all, empty for the others. heads [n] int64."""
+    starts = lists.starts.new_zeros(num_heads, lists.starts.shape[1])
+    counts = lists.counts.new_zeros(num_heads, lists.counts.shape[1])
+    starts[heads], counts[heads] = lists.starts, lists.counts
+    return replace(lists, starts=starts, counts=counts)
 
 
-def page_diagonals(slashes: Tensor) -> Tensor:
-    """Diagonals of pages that cover the kept distances. slashes [Hq, N] -> bool [Hq, P + 1], P pages of N.
-
-    At distance d, the rows of a page reach the pages d // 64 and ceil(d / 64) before it:
-
-        rows of page r:     |  r - 2  |  r - 1  |    r    |
-        d = 100               |----d----|                 64 keys, in two pages
-    """
-    num_heads, num_tokens = slashes.shape
-    num_pages = -(-num_tokens // PAGE_SIZE)
-    by_floor = slashes.new_zeros(num_heads, num_pages * PAGE_SIZE)
-    by_floor[:, :num_tokens] = slashes
-    by_ceil = slashes.new_zeros(num_heads, num_pages * PAGE_SIZE)
-    by_ceil[:, : num_tokens - 1] = slashes[:, 1:]  # ceil(d / 64) = (d - 1) // 64 + 1
-    diagonals = slashes.new_zeros(num_heads, num_pages + 1)
-    diagonals[:, :-1] = by_floor.view(num_heads, num_pages, PAGE_SIZE).any(-1)
-    diagonals[:, 1:] |= by_ceil.view(num_heads, num_pages, PAGE_SIZE).any(-1)
-    return diagonals
+def _best_pages(group: HeadGroup, q: Tensor, keys: KeyView, chunk: Chunk, block_page: Tensor) -> Tensor:
+    """The best pages of the n heads of a group: bool [n, B, P]."""
+    k = keys.contiguous()[0][:, : chunk.start + chunk.length]  # [Hkv, N, D]
+    mean_k = page_means(k, 0)
+    held = keys.pages[:, : mean_k.shape[1]] >= 0
+    kv_heads = group.heads // (q.shape[0] // k.shape[0])
+    mean_q = page_means(q[group.heads], chunk.start % PAGE_SIZE)
+    return best_pages(
+        mean_q @ mean_k[kv_heads].mT, held[kv_heads], group.budgets[0], group.most[0], block_page
+    )
 
 
-def pages_on_diagonals(diagonals: Tensor, block_page: Tensor) -> Tensor:
-    """Pages that the rows of page block_page[b] read, none after it. diagonals [Hq, P + 1] -> [Hq, B, P]."""
-    num_pages = diagonals.shape[1] - 1
-    distance = block_page[:, None] - torch.arange(num_pages, device=diagonals.device)  # [B, P] in pages
-    return diagonals[:, distance.clamp_min(0)] & (distance >= 0)
-
-
-def outside_pages(columns: Tensor, counts: Tensor, pages: Tensor, block_page: Tensor) -> Tensor:
-    """Which verticals a query block must gather: those in earlier pages that it does not read anyway.
-
-    columns [Hq, K] ascending, of which the first counts [Hq] are real; pages [Hq, B, P] -> bool [Hq, B, K].
-    """
-    page = (columns // PAGE_SIZE).long()[:, None].expand(-1, block_page.shape[0], -1)  # [Hq, B, K]
-    real = torch.arange(columns.shape[1], device=columns.device) < counts[:, None, None]
-    return real & (page < block_page[:, None]) & ~pages.gather(2, page)
-
-
-def read_heads(path: Path, model: ModelInfo) -> list[list[tuple[int, int]]]:
-    """(vertical, slash) of every layer and query head, from a file in the published form.
-
-    A list of layers, each an object by query head: {"0": ["vertical_and_slash", 1000, 6096, 0.61], ...}. The
-    last number says how well the pattern did when it was searched, and is not used. ValueError names the key.
-    """
-    try:
-        layers = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"heads: cannot read {path}: {error}") from error
-    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
-        raise ValueError(f"heads: {path} must be a list of layers, each an object by query head")
-    if len(layers) != model.num_layers:
-        raise ValueError(f"heads: {path} has {len(layers)} layers, {model.name} has {model.num_layers}")
-    wanted = [str(head) for head in range(model.num_query_heads)]
-    for index, layer in enumerate(layers):
-        if set(layer) != set(wanted):
-            raise ValueError(
-                f"heads: {path}[{index}] has {len(layer)} heads ({', '.join(list(layer)[:3])}, ...), "
-                f'{model.name} has {len(wanted)} query heads ("0" to "{wanted[-1]}")'
-            )
-    return [
-        [_budgets(layer[head], f'{path}[{index}]["{head}"]') for head in wanted]
-        for index, layer in enumerate(layers)
-    ]
-
-
-def _budgets(entry: Any, where: str) -> tuple[int, int]:
-    if not isinstance(entry, list) or len(entry) not in (3, 4):
-        raise ValueError(f'heads: {where} must be ["{PATTERN}", vertical, slash, score], not {entry!r}')
-    if entry[0] != PATTERN:
-        raise ValueError(f'heads: {where}[0] is {entry[0]!r}; only "{PATTERN}" is accepted')
-    for place, name in ((1, "vertical"), (2, "slash")):
-        if type(entry[place]) is not int or entry[place] < 1:
-            raise ValueError(
-                f"heads: {where}[{place}], {name}, must be an integer of at least 1, not {entry[place]!r}"
-            )
-    return entry[1], entry[2]
+def _with_last_rows_dense(selection: Selection, heads: LayerHeads, chunk: Chunk, num_exact: int) -> Selection:
+    """Let the query blocks with the last rows of the prompt read everything, except where they are exact."""
+    end = chunk.start + chunk.length - num_exact  # of the rows that lists serve
+    first = chunk.prompt_length - heads.most_last_rows  # the first dense row of any head
+    if first >= end:
+        return selection
+    counts = selection.pages.counts
+    first_page = chunk.start // PAGE_SIZE
+    block_end = PAGE_SIZE * (first_page + 1 + torch.arange(counts.shape[1], device=counts.device))
+    read_all = block_end.clamp_max(end) > chunk.prompt_length - heads.last_rows[:, None]  # [Hq, B]
+    gathered = selection.gathered
+    if gathered is not None:
+        gathered = replace(gathered, counts=gathered.counts.masked_fill(read_all, 0))
+    first_row = max(chunk.start, first // PAGE_SIZE * PAGE_SIZE)
+    return replace(
+        selection,
+        pages=replace(selection.pages, counts=counts.masked_fill(read_all, ALL)),
+        gathered=gathered,
+        # Recall judges what was chosen, and these rows were not.
+        estimator_rows=chunk.start + chunk.length - first_row,
+    )

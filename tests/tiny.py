@@ -43,9 +43,17 @@ SIZES = dict(
 )
 
 
+OF_FAMILY = {
+    "granite": {"attention_multiplier": 0.25},  # its own scale, not 1 / sqrt(D)
+    "mistral": {"sliding_window": None},
+    "phi3": {"sliding_window": None, "pad_token_id": 0},
+    "starcoder2": {"sliding_window": None, "bos_token_id": 1},
+}
+
+
 def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     """A config of a few thousand parameters of this model type."""
-    sizes = {**SIZES, **({"sliding_window": None} if family == "mistral" else {}), **overrides}
+    sizes = {**SIZES, **OF_FAMILY.get(family, {}), **overrides}
     return transformers.AutoConfig.for_model(family, **sizes)
 
 
@@ -176,8 +184,9 @@ def tiny_engine(
 
 
 def hf_greedy(model: Any, prompt: Iterable[int], max_tokens: int) -> list[int]:
-    """What HuggingFace's own generate answers, greedily."""
+    """What HuggingFace's own generate answers, greedily, ignoring end tokens as `greedy` does."""
     tokens = torch.tensor([list(prompt)])
+    model.generation_config.eos_token_id = None
     model.set_attn_implementation("sdpa")
     out = model.generate(
         tokens,
@@ -186,6 +195,5 @@ def hf_greedy(model: Any, prompt: Iterable[int], max_tokens: int) -> list[int]:
         min_new_tokens=max_tokens,
         do_sample=False,
         pad_token_id=0,
-        eos_token_id=-1,  # never: answers have equal lengths
     )
     return out[0, tokens.shape[1] :].tolist()

@@ -54,7 +54,7 @@ class Build:
     architecture: int
     types: dict[str, str]  # argument -> Triton's name of its type; None = passed as None
     constants: dict[str, int | float | bool]
-    options: dict[str, int | bool]  # Triton's, as the launcher passes them
+    options: dict[str, int | bool | None]  # Triton's, as the launcher passes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +211,11 @@ def read_table(text: str) -> tuple[str, dict[str, Row]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sparse.kernels.aot", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
-    parser.add_argument(
-        "--only", metavar="TEXT", action="append", help="with --check: names that contain this"
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse.kernels.aot", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
+    parser.add_argument("--exactly", metavar="NAME", action="append", help="with --check: only this row")
     options = parser.parse_args(arguments)
     if options.exactly and not options.check:
         parser.error("--exactly needs --check: a part of the table cannot replace all of it")
@@ -228,8 +228,7 @@ def main(arguments: list[str]) -> int:
             parser.error(f"no build is called {', '.join(sorted(unknown))}; {TABLE_FILE.name} lists them")
         chosen = [build for build in chosen if build.name in options.exactly]
 
-    text = TABLE_FILE.read_text()
-    version, committed = read_table(text) if options.check else ("", {})
+    version, committed = read_table(TABLE_FILE.read_text()) if options.check else ("", {})
     same_triton = version == triton.__version__
     if options.check and not same_triton:
         print(
@@ -247,6 +246,7 @@ def main(arguments: list[str]) -> int:
         else:
             problems += complaints(row, row, same_triton=True)
     if not options.check:
+        text = TABLE_FILE.read_text()
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         TABLE_FILE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
     for problem in problems:

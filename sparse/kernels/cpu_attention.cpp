@@ -113,16 +113,10 @@ class Worker {
     const int32_t count = num_whole(call_, task.list);
     const int64_t last_block = task.last / PAGE_SIZE;
     if (count == ALL) {
-      for (int64_t block = 0; block <= last_block; ++block) {
-        if (block < last_block) fetch_page(task, block + 1);
-        read_page(task, block);
-      }
+      for (int64_t block = 0; block <= last_block; ++block) read_page(task, block);
     } else {
       const int32_t* blocks = call_.whole.indices + call_.whole.starts[task.list];
-      for (int32_t i = 0; i < count && blocks[i] <= last_block; ++i) {
-        if (i + 1 < count && blocks[i + 1] <= last_block) fetch_page(task, blocks[i + 1]);
-        read_page(task, blocks[i]);
-      }
+      for (int32_t i = 0; i < count && blocks[i] <= last_block; ++i) read_page(task, blocks[i]);
       if (call_.gathered.unit) read_gathered(task);
     }
     rows_.finish({bf16 ? static_cast<void*>(static_cast<uint16_t*>(call_.out) + place * call_.head_dim)
@@ -135,15 +129,6 @@ class Worker {
   int64_t page_at(const Task& task, int64_t block) const {
     const int64_t page = call_.pages[task.kv_head * call_.num_blocks + block];
     return page < 0 ? -1 : page * page_elements_;
-  }
-
-  // Bring a page into L2 while the one before it is worked on.
-  void fetch_page(const Task& task, int64_t block) const {
-    const int64_t page = page_at(task, block);
-    if (page < 0) return;
-    for (const void* pool : {call_.k_pool, call_.v_pool})
-      for (int64_t i = 0; i < page_elements_; i += 64 / sizeof(Element))
-        __builtin_prefetch(static_cast<const Element*>(pool) + page + i, 0, 2);
   }
 
   void read_page(const Task& task, int64_t block) {
@@ -160,14 +145,16 @@ class Worker {
     const Lists& lists = call_.gathered;
     const int64_t start = lists.starts[task.list];
     const int64_t unit_elements = lists.unit * call_.head_dim;
+    const Element* k_pool = static_cast<const Element*>(call_.k_pool);
+    const Element* v_pool = static_cast<const Element*>(call_.v_pool);
     int64_t staged = 0;
     for (int32_t i = 0; i < lists.counts[task.list]; ++i) {
       const int64_t position = lists.indices[start + i] * lists.unit;
       const int64_t page = page_at(task, position / PAGE_SIZE);
       if (page < 0) continue;
       const int64_t from = page + position % PAGE_SIZE * call_.head_dim;
-      std::memcpy(&staged_k_[staged], static_cast<const Element*>(call_.k_pool) + from, unit_elements * sizeof(Element));
-      std::memcpy(&staged_v_[staged], static_cast<const Element*>(call_.v_pool) + from, unit_elements * sizeof(Element));
+      std::copy_n(k_pool + from, unit_elements, &staged_k_[staged]);
+      std::copy_n(v_pool + from, unit_elements, &staged_v_[staged]);
       staged += unit_elements;
       if (staged == page_elements_) {
         rows_.attend(&staged_k_[0], &staged_v_[0], PAST, PAGE_SIZE, factor_);

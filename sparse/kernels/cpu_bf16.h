@@ -19,7 +19,8 @@ inline void brgemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, const uin
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       float sum = add ? c[i * n + j] : 0.0f;
-      for (int64_t l = 0; l < k; ++l) sum += bf16_to_float(a[i * k + l]) * bf16_to_float(b[(l / 2 * n + j) * 2 + l % 2]);
+      for (int64_t l = 0; l < k; ++l)
+        sum += bf16_to_float(a[i * k + l]) * bf16_to_float(b[(l / 2 * n + j) * 2 + l % 2]);
       c[i * n + j] = sum;
     }
 }
@@ -107,7 +108,8 @@ class BrgemmRows {
   int weigh(int64_t first, const Lanes& lanes, int64_t first_position, int num_keys, float factor) {
     const int64_t padded = state_.padded();
     const Visible visible = lanes.visible<VECTORS>(first_position, num_keys);
-    if (visible.any > 0) to_weights<VECTORS>(&scores_[first], padded, lanes, head_dim_, first_position, visible, factor);
+    if (visible.any > 0)
+      to_weights<VECTORS>(&scores_[first], padded, lanes, head_dim_, first_position, visible, factor);
     for (int key = 0; key < PAGE_SIZE; key += 2)
       for (int j = 0; j < VECTORS; ++j) {
         const int64_t lane = first + j * LANES;

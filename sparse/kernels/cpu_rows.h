@@ -149,7 +149,8 @@ inline void to_weights(float* scores, int64_t stride, const Lanes& lanes, int64_
 // Positions, maxima and sums of the rows of one task.
 class RowState {
  public:
-  explicit RowState(int64_t capacity) : position_(round_up(capacity)), top_(round_up(capacity)), sum_(round_up(capacity)) {}
+  explicit RowState(int64_t capacity)
+      : position_(round_up(capacity)), top_(round_up(capacity)), sum_(round_up(capacity)) {}
 
   static int64_t round_up(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
 

@@ -45,6 +45,13 @@ def test_static_rope_scaling_gives_huggingfaces_answers(rope: dict[str, Any]) ->
     assert tiny_engine(network=network).answer(PROMPTS[-1], greedy(12)) == expected
 
 
+def test_dims_that_are_not_rotated_are_left_alone() -> None:
+    network = tiny_model("phi3", partial_rotary_factor=0.5)
+    x = torch.randn(6, 3, 16)
+    unrotated = Rope.of(network).unrotate(x, torch.tensor([3, 70, 900]))
+    assert torch.equal(unrotated[..., 8:], x[..., 8:]) and not torch.equal(unrotated[..., :8], x[..., :8])
+
+
 @pytest.mark.parametrize("scaling", ["default", "yarn"])
 def test_unrotated_queries_are_those_before_rope(scaling: str) -> None:
     rope = {"rope_type": scaling, "rope_theta": 1e4}
@@ -75,12 +82,13 @@ def test_what_cannot_be_served_exactly_is_refused_with_the_reason(tmp_path: Path
     assert "8192" in refusal(tmp_path / "llama", max_model_len=9000)
 
 
-def test_a_sliding_window_is_served_where_it_never_slides(tmp_path: Path) -> None:
-    tiny_config("mistral", sliding_window=256).save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["mistral", "phi3", "starcoder2"])
+def test_a_sliding_window_is_served_where_it_never_slides(tmp_path: Path, family: str) -> None:
+    tiny_config(family, sliding_window=256).save_pretrained(tmp_path)
     assert "--max-model-len 256" in refusal(tmp_path)
     config = EngineConfig(model=str(tmp_path), max_model_len=256)
     assert model_info(tmp_path, config).max_length == 256
-    network = tiny_model("mistral", sliding_window=256)
+    network = tiny_model(family, sliding_window=256)
     prompt = make_prompt(200)
     expected = hf_greedy(network, prompt, 12)
     assert tiny_engine(network=network).answer(prompt, greedy(12)) == expected

@@ -1,0 +1,89 @@
+"""The benchmarks end to end on a tiny model: every number they promise is there, and means what it says."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import concurrency, kv_memory, ttft
+from benchmarks.prompts import load_text, load_tokenizer
+from tests.benchmarks.builders import save_model, save_plan, save_text
+
+THREADS = ("--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models"))
+
+
+def run(
+    main: Callable[[Sequence[str]], None], name: str, folder: Path, model: Path, *flags: str
+) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    try:
+        main(
+            ["--model", str(model), "--text", str(save_text(folder)), "--out", str(folder), *THREADS, *flags]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return content
+
+
+def test_ttft_times_huggingface_beside_each_plan(tmp_path: Path, model: Path) -> None:
+    sparse = save_plan(tmp_path, "sparse", "prefill: {method: minference, vertical: 32, slash: 32}")
+    flags = ("--lengths", "320", "--plans", "dense", str(sparse), "--repeats", "2")
+    content = run(ttft.main, "ttft", tmp_path, model, *flags)
+    rows = {row["candidate"]: row for row in content["rows"]}
+    assert list(rows) == ["hf dynamic", "hf static", "dense", "sparse"]
+    assert min(rows["hf dynamic"]["ratio_to_hf"], rows["hf static"]["ratio_to_hf"]) == 1
+    for row in rows.values():
+        assert row["length"] == 320 and len(row["timing"]["walls_s"]) == 2 and row["timing"]["wall_s"] > 0
+    assert rows["dense"]["prefill_read_fraction"] == 1 > rows["sparse"]["prefill_read_fraction"]
+    assert content["settings"]["dtype"] == "float32"
+
+
+def test_huggingface_and_farspan_start_with_the_same_token(tmp_path: Path, model: Path) -> None:
+    prompt = ttft.Prompts(load_text(save_text(tmp_path), load_tokenizer(model)), length=200).next()
+    peer = ttft.HuggingFace(model, "float32")
+    ours = ttft.InProcess(str(model), ["dense"], "float32", threads=torch.get_num_threads())
+    found = peer.model(torch.tensor([prompt])).logits[0, -1].argmax()
+    assert {peer.first_token(prompt, cache) for cache in ttft.HF_CACHES} == {int(found)}
+    assert ours.first_token(prompt, "dense")["prefill_read_fraction"] == 1
+
+
+def test_no_prompt_of_ttft_starts_like_another(tmp_path: Path, model: Path) -> None:
+    text = load_text(save_text(tmp_path), load_tokenizer(model))
+    prompts = ttft.Prompts(text, length=256)
+    drawn = [prompts.next() for _ in range(20)]
+    assert all(len(prompt) == 256 for prompt in drawn)
+    assert len({prompt[:64] for prompt in drawn}) == 20  # no page of the first block is another's
+
+
+def test_concurrency_compares_requests_at_once_with_a_row(tmp_path: Path, model: Path) -> None:
+    flags = ("--length", "96", "--answer", "8", "--repeats", "1", "--requests", "3")
+    content = run(concurrency.main, "concurrency", tmp_path, model, *flags)
+    seconds = content["seconds"]
+    assert content["ratio"] == pytest.approx(
+        seconds["at once"]["wall_s"] / seconds["in a row"]["wall_s"], abs=1e-3
+    )
+    assert content["settings"]["requests"] == 3
+
+
+def test_freed_pages_are_seen_in_the_hands_of_another_request(tmp_path: Path, model: Path) -> None:
+    # Short chunks, so that the second prompt takes many steps, and is seen between them.
+    plan = save_plan(tmp_path, "short", "prefill: {chunk: 64}\nkv: {policy: snapkv, budget: 128}")
+    flags = ("--compressed", str(plan), "--length", "1536", "--answer", "256")
+    content = run(kv_memory.main, "kv_memory", tmp_path, model, *flags)
+    block = 3 * 2 * 2 * 64 * 16 * 4  # bytes of 64 tokens: layers x KV heads x (K, V) x tokens x D x fp32
+    dense, short = (content["held_bytes"][name] / block for name in ("dense", "short"))
+    # One page behind the prompt for the answer so far; a busy machine may look one page later.
+    assert dense in (24 + 1, 24 + 2) and short in (2 + 1, 2 + 2)
+    assert content["ratio"] == pytest.approx(short / dense, abs=1e-3)
+    together = {pair["plan"]: pair for pair in content["together"]}
+    assert not together["dense"]["ran_at_once"] and not together["dense"]["uses_freed_pages"]
+    assert together["short"]["ran_at_once"] and together["short"]["uses_freed_pages"]
