@@ -1,4 +1,5 @@
-"""Which attention runs on a device: compiled kernels where they can be had, else the torch code that defines them."""
+"""Which attention runs on a device: compiled kernels where they can be had, else the torch code behind
+them."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -30,9 +30,8 @@ LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _logits(
-    q, keys, factor, SOFTCAP: tl.constexpr
-):  # [M, D], [N, D] -> [M, N], times `factor` = base-2 logits
+def _logits(q, keys, factor, SOFTCAP: tl.constexpr):
+    """q [M, D], keys [N, D] -> scores [M, N]: raw ones, or with a softcap base-2 logits."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
     if SOFTCAP > 0:
         # tanh(x) = 1 - 2 / (1 + exp(2x)) saturates rightly where exp overflows

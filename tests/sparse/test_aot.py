@@ -53,7 +53,8 @@ def test_nothing_in_the_table_spills_or_outgrows_its_gpu() -> None:
         row = rows[build.name]
         assert row.spilled == 0 and row.instructions > 0, row
         assert row.shared <= most_shared[build.architecture], row
-        assert row.registers * 32 * (build.options["num_warps"] or 0) <= 64 * 1024, row  # what a multiprocessor has
+        num_threads = 32 * (build.options["num_warps"] or 0)
+        assert row.registers * num_threads <= 64 * 1024, row  # the registers of a multiprocessor
 
 
 def test_every_tile_is_built() -> None:
