@@ -16,13 +16,17 @@ from kvcache.view import KeyView
 
 @dataclass
 class SnapKV:
-    """One choice per KV head: the votes of its query heads are averaged. Generated tokens are always kept."""
+    """One choice per KV head: the votes of its query heads are averaged. Generated tokens are always kept.
+
+    Its descendants score alike and share the budget out otherwise: they replace `_choose` and what it costs.
+    """
 
     budget: int = 2048  # tokens kept per KV head, window included
     query_window: int = 32  # last prompt queries: they vote, and their own tokens stay
     smoothing: int = 7  # tokens whose votes are pooled: neighbours of a peak stay with it
     pooling: Literal["max", "avg"] = "max"
-    _num_rows: int = field(init=False, default=0, repr=False)  # L * Hkv, from attach
+    _num_layers: int = field(init=False, default=0, repr=False)  # L, from attach
+    _num_kv_heads: int = field(init=False, default=0, repr=False)  # Hkv, from attach
 
     def __post_init__(self) -> None:
         if self.query_window < 1:
@@ -35,29 +39,41 @@ class SnapKV:
             raise ValueError(f"pooling ({self.pooling!r}) must be 'max' or 'avg'")
 
     def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
-        self._num_rows = model.num_layers * model.num_kv_heads
+        self._num_layers, self._num_kv_heads = model.num_layers, model.num_kv_heads
 
     def prefill_key(self, total_length: int) -> bytes:
         return b""  # it acts when the prompt is computed
 
     def pages_needed(self, prompt: int, total: int, chunk: int) -> int:
-        assert self._num_rows, "attach first"
         return max(self._num_rows * pages_for(prompt), self.pages_after_prefill(prompt, total))
 
     def pages_after_prefill(self, prompt: int, total: int) -> int:
-        assert self._num_rows, "attach first"
         return self._num_rows * pages_for(min(prompt, self.budget) + total - prompt)
 
     def after_prefill(self, layer: int, q_tail: Tensor, keys: KeyView, *, scale: float) -> Tensor | None:
-        """keep bool [Hkv, N], exactly `budget` per head; None if all N fit. q_tail [Hq, query_window, D]."""
+        """keep bool [Hkv, N], window included; None if all N fit. q_tail [Hq, query_window, D]."""
         if keys.num_tokens <= self.budget:
             return None
         assert q_tail.shape[1] == self.query_window, f"{q_tail.shape[1]} queries, window {self.query_window}"
         k, _ = keys.contiguous()
-        votes = self._smooth(window_votes(q_tail, k, scale))
-        chosen = largest(votes, self.budget - self.query_window)
+        chosen = self._choose(layer, self._smooth(window_votes(q_tail, k, scale)))
         window = chosen.new_ones(chosen.shape[0], self.query_window)
         return torch.cat((chosen, window), dim=1)
+
+    @property
+    def _past_budget(self) -> int:
+        """Tokens kept per KV head before the window, mean over layers and heads."""
+        return self.budget - self.query_window
+
+    @property
+    def _num_rows(self) -> int:
+        """L * Hkv."""
+        assert self._num_layers, "attach first"
+        return self._num_layers * self._num_kv_heads
+
+    def _choose(self, layer: int, scores: Tensor) -> Tensor:
+        """Which tokens before the window stay: bool like scores [Hkv, N - query_window]."""
+        return largest(scores, self._past_budget)
 
     def _smooth(self, votes: Tensor) -> Tensor:
         """Pool neighbours. avg counts the zeros beyond the ends, as published; max has none to count."""

@@ -1,6 +1,7 @@
 """MInference: each head reads by its pattern; most often the columns and diagonals that the last queries of a
 chunk look at."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,7 +38,6 @@ from sparse.selection import (
     dense,
     lists_from_ids,
     lists_from_mask,
-    num_query_blocks,
     pack,
 )
 
@@ -87,22 +87,19 @@ class MInference:
             )
         if self.pattern not in OPTIONS_OF:
             raise ValueError(f"pattern ({self.pattern!r}) must be one of {', '.join(OPTIONS_OF)}")
-        self._refuse_unread()
+        options = {name for names in OPTIONS_OF.values() for name in names}
+        if self.heads is None:
+            self._refuse(
+                options.difference(OPTIONS_OF[self.pattern]), f"pattern {self.pattern} does not read it"
+            )
+        else:
+            self._refuse({"pattern", *options}.difference(ESTIMATOR), "the file of heads decides")
 
-    def _refuse_unread(self) -> None:
-        """An option that differs from its default but is read by no head says that someone is mistaken."""
-        read = OPTIONS_OF[self.pattern] if self.heads is None else ESTIMATOR
-        names = {name for options in OPTIONS_OF.values() for name in options}
-        if self.heads is not None:
-            names.add("pattern")
-        for name in sorted(names.difference(read)):
+    def _refuse(self, unread: Iterable[str], reason: str) -> None:
+        """An option that was given but that no head reads says that someone is mistaken."""
+        for name in sorted(unread):
             value = getattr(self, name)
             if value != getattr(MInference, name):
-                reason = (
-                    f"pattern {self.pattern} does not read it"
-                    if self.heads is None
-                    else "the file of heads decides"
-                )
                 raise ValueError(f"{name} ({value!r}) has no effect: {reason}; leave it out")
 
     def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
@@ -114,13 +111,8 @@ class MInference:
         self.layers = [layer_heads(patterns, self.last_rows_dense) for patterns in table]
         # Windows move with the row and blocks are pages: only the estimator looks ahead, to a chunk's end.
         self.grid = any(layer.lines is not None for layer in self.layers)
-        for name in ESTIMATOR:
-            value = getattr(self, name)
-            if not self.grid and value != getattr(MInference, name):
-                raise ValueError(
-                    f"{name} ({value}) has no effect: no head of {self.heads} is vertical_and_slash; "
-                    f"leave it out"
-                )
+        if not self.grid:
+            self._refuse(ESTIMATOR, f"no head of {self.heads} is vertical_and_slash")
 
     def _pattern_of_all(self) -> HeadPattern:
         numbers = {"vertical_and_slash": (self.vertical, self.slash), "block_sparse": (0, self.top_k)}
@@ -133,12 +125,10 @@ class MInference:
         # The estimator would compute every row of the chunk, or all its rows were asked to be dense.
         if num_rows == chunk.length or chunk.start >= chunk.prompt_length - heads.least_last_rows:
             return replace(dense(q.device), estimator_rows=chunk.length)
-        num_blocks = num_query_blocks(chunk.start, chunk.length, PAGE_SIZE)
         num_pages = -(-num_tokens // PAGE_SIZE)
-        block_page = (
-            num_pages - num_blocks + torch.arange(num_blocks, device=q.device)
-        )  # [B] page of its rows
-        pages = torch.zeros(q.shape[0], num_blocks, num_pages, dtype=torch.bool, device=q.device)
+        first_page = chunk.start // PAGE_SIZE
+        block_page = torch.arange(first_page, num_pages, device=q.device)  # [B] page of its rows
+        pages = torch.zeros(q.shape[0], num_pages - first_page, num_pages, dtype=torch.bool, device=q.device)
         gathered, exact = None, None
         if heads.lines is not None:
             seen = estimate(q[:, -num_rows:], num_tokens - num_rows, keys, scale=scale)
@@ -211,14 +201,10 @@ def _with_last_rows_dense(selection: Selection, heads: LayerHeads, chunk: Chunk,
     first_page = chunk.start // PAGE_SIZE
     block_end = PAGE_SIZE * (first_page + 1 + torch.arange(counts.shape[1], device=counts.device))
     read_all = block_end.clamp_max(end) > chunk.prompt_length - heads.last_rows[:, None]  # [Hq, B]
-    gathered = selection.gathered
-    if gathered is not None:
-        gathered = replace(gathered, counts=gathered.counts.masked_fill(read_all, 0))
     first_row = max(chunk.start, first // PAGE_SIZE * PAGE_SIZE)
     return replace(
         selection,
         pages=replace(selection.pages, counts=counts.masked_fill(read_all, ALL)),
-        gathered=gathered,
         # Recall judges what was chosen, and these rows were not.
         estimator_rows=chunk.start + chunk.length - first_row,
     )

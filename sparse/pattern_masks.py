@@ -89,8 +89,8 @@ def window_pages(init: Tensor, local: Tensor, block_page: Tensor, num_pages: int
 def best_pages(scores: Tensor, held: Tensor, top_k: Tensor, most: int, block_page: Tensor) -> Tensor:
     """The top_k [Hq] pages by score, none after the rows' own, and beside them the first and the rows' own.
 
-    scores [Hq, B, P]: mean query times mean key, of which only the order counts. held bool [Hq, P]: pages that
-    are dropped use no budget. Gives bool [Hq, B, P].
+    scores [Hq, B, P]: mean query times mean key, of which only the order counts. held bool [Hq, P]: pages
+    that are dropped use no budget. Gives bool [Hq, B, P].
     """
     distance = _pages_back(block_page, held.shape[1])
     scores = scores.masked_fill((distance < 0) | ~held[:, None], float("-inf"))
@@ -106,11 +106,12 @@ def page_means(x: Tensor, offset: int) -> Tensor:
 
     The first row stands `offset` rows into its page.
     """
-    length = x.shape[1]
+    num_heads, length, head_dim = x.shape
     num_pages = -(-(offset + length) // PAGE_SIZE)
     if padding := num_pages * PAGE_SIZE - length:
         x = torch.nn.functional.pad(x, (0, 0, offset, padding - offset))
-    sums = x.unflatten(1, (num_pages, PAGE_SIZE)).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
+    by_page = x.reshape(num_heads, num_pages, PAGE_SIZE, head_dim)
+    sums = by_page.sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
     first = PAGE_SIZE * torch.arange(num_pages, device=x.device) - offset  # row that each page starts with
     counts = (first + PAGE_SIZE).clamp_max(length) - first.clamp_min(0)
     return sums / counts[:, None]

@@ -56,7 +56,7 @@ class Selection:
     pages: BlockLists  # unit PAGE_SIZE, logical block ids
     gathered: BlockLists | None = None  # unit 1, 8 or 16, logical unit ids; same head axis as pages
     exact: ExactRows | None = None
-    estimator_rows: int = 0  # last rows of the chunk that the estimator saw: never used to judge it
+    estimator_rows: int = 0  # last rows seen by an estimator or forced dense: not for judging
 
     def __post_init__(self) -> None:
         assert self.query_block in (64, 128), self.query_block

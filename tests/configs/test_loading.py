@@ -54,7 +54,14 @@ def test_counts_are_read_as_people_write_them(text: str, count: int) -> None:
 
 
 def test_every_shipped_plan_loads() -> None:
-    assert shipped_plans() == ["dense", "minference", "minference-snapkv", "snapkv"]
+    assert shipped_plans() == [
+        "ada-snapkv",
+        "dense",
+        "minference",
+        "minference-snapkv",
+        "pyramidkv",
+        "snapkv",
+    ]
     for name in shipped_plans():
         assert load_plan(name).name == name
 

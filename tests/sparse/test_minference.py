@@ -1,9 +1,8 @@
-"""MInference reads at least what was published, never the future, and less than dense where lines are few."""
+"""Vertical-slash heads read at least what was published, never the future, and little beyond their lines."""
 
-import json
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ from kvcache.state import StateRegistry
 from sparse.attention import attend
 from sparse.base import Chunk, KeyView
 from sparse.methods import PREFILL_METHODS
-from sparse.minference import MInference, keep_lines
+from sparse.minference import MInference
+from sparse.pattern_masks import keep_lines
 from sparse.recall import causal_cells, raise_to_floor, read_cells, recall
 from sparse.selection import Selection, dense
 from tests.reference import attention, causal
@@ -32,11 +32,14 @@ def without_exact(selection: Selection) -> Selection:
     return replace(selection, exact=None)
 
 
-def published_mask(q: Tensor, k: Tensor, chunk: Chunk, vertical: int, slash: int) -> Tensor:
-    """Which pairs the published method reads, before it widens them to tiles: bool [Hq, Tq, N].
+def published_lines(
+    q: Tensor, k: Tensor, chunk: Chunk, vertical: int, slash: int, threshold: float = math.inf
+) -> list[tuple[set[int], set[int]]]:
+    """The verticals and slashes of each head as published.
 
     Written from its text: the last rows' softmax, its sums by column and by distance, 30 columns and 100
-    distances forced, and the best of the others up to the budget; ties to the lower index.
+    distances forced, and the best of the others up to the budget; ties to the lower index. A threshold stops
+    once the lines of a kind hold that share of what the rows look at.
     """
     num_tokens = chunk.start + chunk.length
     num_rows = min(64, chunk.length)
@@ -46,19 +49,29 @@ def published_mask(q: Tensor, k: Tensor, chunk: Chunk, vertical: int, slash: int
         ~causal(first, num_rows), float("-inf")
     )
     weights = scores.softmax(-1)
-    mask = torch.zeros(q.shape[0], chunk.length, num_tokens, dtype=torch.bool)
+
+    def best(scores: list[float], num_forced: int, budget: int) -> set[int]:
+        lines = set(range(min(num_forced, num_tokens)))
+        for line in sorted(set(range(num_tokens)) - lines, key=lambda i: (-scores[i], i)):
+            if len(lines) >= budget or sum(scores[i] for i in lines) >= threshold * num_rows:
+                break
+            lines.add(line)
+        return lines
+
+    lines = []
     for head in range(q.shape[0]):
-        columns = weights[head].sum(0).tolist()
         distances = [0.0] * num_tokens
         for row, row_weights in enumerate(weights[head].tolist()):
             for key in range(first + row + 1):
                 distances[first + row - key] += row_weights[key]
-        verticals = set(range(min(30, num_tokens)))
-        best = sorted(set(range(num_tokens)) - verticals, key=lambda j: (-columns[j], j))
-        verticals |= set(best[: max(0, vertical - 30)])
-        slashes = set(range(min(100, num_tokens)))
-        best = sorted(set(range(num_tokens)) - slashes, key=lambda d: (-distances[d], d))
-        slashes |= set(best[: max(0, slash - 100)])
+        lines.append((best(weights[head].sum(0).tolist(), 30, vertical), best(distances, 100, slash)))
+    return lines
+
+
+def published_mask(lines: list[tuple[set[int], set[int]]], chunk: Chunk) -> Tensor:
+    """Which pairs the published method reads, before it widens them to tiles: bool [Hq, Tq, N]."""
+    mask = torch.zeros(len(lines), chunk.length, chunk.start + chunk.length, dtype=torch.bool)
+    for head, (verticals, slashes) in enumerate(lines):
         for row in range(chunk.length):
             position = chunk.start + row
             mask[head, row, [j for j in verticals if j <= position]] = True
@@ -76,7 +89,8 @@ def test_selection_is_a_causal_superset_of_the_published_mask(
     chunk = make_chunk(start, length)
     selection = attached(MInference(vertical, slash)).select(0, q, make_keys(k, v), chunk, scale=SCALE)
     got = selected_mask(without_exact(selection), chunk)
-    assert (got | ~published_mask(q, k, chunk, vertical, slash)).all()
+    wanted = published_mask(published_lines(q, k, chunk, vertical, slash), chunk)
+    assert (got | ~wanted).all()
     assert got.any(-1).all(), "every row reads a key"
     listed_causally(selection, chunk)
 
@@ -132,6 +146,56 @@ def test_ties_go_to_the_lower_index() -> None:
     scores = torch.tensor([[0.0, 0.0, 1.0, 5.0, 1.0, 1.0, 9.0], [0.0] * 7])
     kept = keep_lines(scores, torch.tensor([5, 4]), 2, 5)
     assert kept.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 6, 0, 1, 2, 3]
+
+
+def test_a_threshold_stops_at_the_line_that_reaches_it() -> None:
+    scores = torch.tensor([[1.0, 1.0, 4.0, 3.0, 1.0, 0.0]])  # 10 in all; line 0 is forced
+
+    def kept(threshold: float, budget: int = 6) -> list[int]:
+        lines = keep_lines(scores, torch.tensor([budget]), 1, 6, threshold)
+        return lines.nonzero()[:, 1].tolist()
+
+    assert kept(0.05) == kept(0.1) == [0], "the forced line is kept, and counts"
+    assert kept(0.11) == kept(0.5) == [0, 2]
+    assert kept(0.51) == kept(0.8) == [0, 2, 3]
+    assert kept(0.81) == kept(0.9) == [0, 1, 2, 3]
+    assert kept(0.99) == [0, 1, 2, 3, 4], "a line that holds nothing is never needed"
+    assert kept(0.99, budget=3) == [0, 2, 3], "budgets are caps"
+
+
+@pytest.mark.parametrize("start", [0, 1, 64, 1000])
+@pytest.mark.parametrize(("threshold", "budgets"), [(0.3, (500, 500)), (0.9, (800, 800)), (0.9, (100, 150))])
+def test_a_threshold_reads_as_many_lines_as_hold_it_and_as_budgets_allow(
+    start: int, threshold: float, budgets: tuple[int, int]
+) -> None:
+    q, k, v = make_qkv(start, 200, 4, 2)
+    q[1:3] *= 3  # heads that look at few keys, beside heads that look at many
+    chunk, keys = make_chunk(start, 200), make_keys(k, v)
+    method = attached(MInference(*budgets, threshold=threshold))
+    selection = method.select(0, q, keys, chunk, scale=SCALE)
+    got = selected_mask(without_exact(selection), chunk)
+    lines = published_lines(q, k, chunk, *budgets, threshold)
+    assert (got | ~published_mask(lines, chunk)).all()
+    listed_causally(selection, chunk)
+    for head, (verticals, slashes) in enumerate(lines):
+        alone = attached(MInference(len(verticals), len(slashes))).select(0, q, keys, chunk, scale=SCALE)
+        assert torch.equal(got[head], selected_mask(without_exact(alone), chunk)[head])
+
+
+def test_a_higher_threshold_reads_no_less() -> None:
+    q, k, v = make_qkv(600, 200, 4, 2)
+    q *= 4
+    chunk, keys = make_chunk(600, 200), make_keys(k, v)
+    masks = [
+        selected_mask(without_exact(method.select(0, q, keys, chunk, scale=SCALE)), chunk)
+        for method in (attached(MInference(800, 800, threshold=t)) for t in (1e-6, 0.2, 0.5, 0.9, 0.999999))
+    ]
+    for less, more in zip(masks, masks[1:], strict=False):
+        assert (more | ~less).all()
+    assert masks[0].sum() < masks[2].sum() < masks[4].sum()
+    forced = attached(MInference(30, 100)).select(0, q, keys, chunk, scale=SCALE)
+    assert torch.equal(masks[0], selected_mask(without_exact(forced), chunk)), "the forced lines are a floor"
+    assert masks[4].sum() == 4 * causal(600, 200).sum(), "and all of the attention is everything"
 
 
 def test_every_head_keeps_its_own_budget() -> None:
@@ -219,72 +283,6 @@ def test_fewer_last_rows_may_decide() -> None:
     selection = attached(MInference(last_q=16)).select(0, q, make_keys(k, v), make_chunk(0, 200), scale=SCALE)
     assert selection.estimator_rows == 16
     assert selection.exact is not None and selection.exact.lse.shape == (4, 16)
-
-
-def heads_file(folder: Path, layers: Any) -> Path:
-    (folder / "heads.json").write_text(json.dumps(layers))
-    return Path("heads.json")
-
-
-def entry(vertical: int, slash: int) -> list[Any]:
-    return ["vertical_and_slash", vertical, slash, 0.6]
-
-
-def test_budgets_per_head_come_from_the_file(tmp_path: Path) -> None:
-    layers = [{str(h): entry(30 + h + 10 * layer, 100 + h) for h in range(4)} for layer in range(2)]
-    method = attached(MInference(heads=heads_file(tmp_path, layers)), files=tmp_path)
-    assert method.vertical_budgets.tolist() == [[30, 31, 32, 33], [40, 41, 42, 43]]
-    assert method.slash_budgets.tolist() == [[100, 101, 102, 103]] * 2
-    q, k, v = make_qkv(0, 400, 4, 2)
-    got = method.select(1, q, make_keys(k, v), make_chunk(0, 400), scale=SCALE)
-    alone = attached(MInference(42, 102)).select(1, q, make_keys(k, v), make_chunk(0, 400), scale=SCALE)
-    chunk = make_chunk(0, 400)
-    assert torch.equal(
-        selected_mask(without_exact(got), chunk)[2], selected_mask(without_exact(alone), chunk)[2]
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda a, b: [a], "has 1 layers, tiny has 2"),
-        (lambda a, b: [a, b, {}], "has 3 layers, tiny has 2"),
-        (lambda a, b: {"0": a}, "must be a list of layers"),
-        (lambda a, b: [a, {"0": entry(30, 100)}], r"\[1\] has 1 heads .* tiny has 4 query heads"),
-        (lambda a, b: [{**a, "4": entry(30, 100)}, b], r"\[0\] has 5 heads .* tiny has 4 query heads"),
-        (
-            lambda a, b: [a, {**b, "2": ["block_sparse", 9, 1, 0.5]}],
-            r'\[1\]\["2"\]\[0\] is .*only "vertical_and',
-        ),
-        (
-            lambda a, b: [a, {**b, "2": ["stream_llm", 9, 800, 0.5]}],
-            r'\[1\]\["2"\]\[0\] is .*only "vertical_and',
-        ),
-        (lambda a, b: [{**a, "1": entry(0, 100)}, b], r'\[0\]\["1"\]\[1\], vertical, .* not 0'),
-        (lambda a, b: [{**a, "1": entry(30, -4)}, b], r'\[0\]\["1"\]\[2\], slash, .* not -4'),
-        (lambda a, b: [{**a, "1": entry(True, 100)}, b], "vertical, .* not True"),
-        (lambda a, b: [{**a, "1": "dense"}, b], r'\[0\]\["1"\] must be \["vertical_and_slash"'),
-    ],
-)
-def test_head_files_that_do_not_fit_are_refused_by_key(tmp_path: Path, change: Any, message: str) -> None:
-    layers = [{str(h): entry(30, 100) for h in range(4)} for _ in range(2)]
-    with pytest.raises(ValueError, match=message):
-        attached(MInference(heads=heads_file(tmp_path, change(*layers))), files=tmp_path)
-
-
-def test_unreadable_head_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read .*absent.json"):
-        attached(MInference(heads=Path("absent.json")), files=tmp_path)
-    (tmp_path / "broken.json").write_text("[{")
-    with pytest.raises(ValueError, match="cannot read .*broken.json"):
-        attached(MInference(heads=Path("broken.json")), files=tmp_path)
-
-
-@pytest.mark.parametrize("options", [{"vertical": 0}, {"slash": -1}, {"last_q": 0}, {"last_q": 65}])
-def test_options_out_of_range_are_refused_with_their_value(options: dict[str, int]) -> None:
-    ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
-        MInference(**options)  # type: ignore[arg-type]
 
 
 def test_methods_are_found_by_their_plan_names() -> None:
