@@ -1,5 +1,7 @@
 """PagePool: the memory of all keys and values, in pages of 64 tokens of one row, and who refers to them."""
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -7,6 +9,8 @@ from torch import Tensor
 
 from configs.model import PAGE_SIZE
 from kvcache.state import StateRegistry
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector a kernel loads
 
 
 class OutOfPages(RuntimeError):
@@ -44,8 +48,8 @@ class PagePool:
             raise ValueError(f"the cache has {num_pages} pages; it needs at least 1: give it more memory")
         shape = (num_pages, PAGE_SIZE, head_dim)
         # Zeros, not garbage: masked attention multiplies unwritten values by 0, and 0 * NaN is NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
         self.references = np.zeros(num_pages, dtype=np.int32)
         self.page_bytes = page_bytes(head_dim, dtype, states)
         self._free = np.arange(num_pages, dtype=np.int32)[::-1].copy()  # a stack: [0, num_free) are free
@@ -92,3 +96,13 @@ class PagePool:
             f"{np.setxor1d(free, unreferenced)[:8]}"
         )
         assert (self.references >= 0).all(), f"negative counts at {np.flatnonzero(self.references < 0)[:8]}"
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU they take memory only where something is written, so a large pool starts at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + ALIGNMENT, dtype=np.uint8))  # from calloc: torch's zeros write
+    first = -memory.data_ptr() % ALIGNMENT
+    return memory[first : first + size].view(dtype).view(shape)

@@ -1,6 +1,7 @@
 """The pool: pages are handed out once, shared by count, and free when nobody refers to them."""
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -99,3 +100,13 @@ def test_a_cache_without_pages_is_refused() -> None:
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2)])
 def test_pages_for(tokens: int, pages: int) -> None:
     assert pages_for(tokens) == pages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pool_is_zeros_aligned_and_takes_memory_only_where_it_is_written(dtype: torch.dtype) -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    pool = PagePool(200_000, 64, dtype=dtype, device=CPU, states=StateRegistry())  # gigabytes
+    assert process.memory_info().rss - before < 100 * 2**20
+    assert pool.k.dtype == dtype and pool.k.is_contiguous() and pool.k.data_ptr() % 64 == 0
+    assert not pool.k[[0, 77, -1]].any() and not pool.v[[0, 77, -1]].any()
