@@ -70,8 +70,11 @@ class SchedulerConfig(_Section):
     max_num_batched_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=PAGE_SIZE)] = Field(
         4096, description="most tokens of one forward; a plan's grid chunk counts as one piece"
     )
+    step_seconds: float = Field(
+        0.5, gt=0, description="what a step should take while others generate: prompts are cut to fit"
+    )
     prefill_share: float = Field(
-        0.5, gt=0, le=1, description="most of the time that prompts may take while others are generating"
+        0.5, gt=0, le=1, description="most of the time that longer chunks may take while others generate"
     )
 
 

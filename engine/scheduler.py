@@ -9,6 +9,9 @@ from configs.schema import SchedulerConfig
 from engine.sequence import Sequence
 from kvcache.cache import KVCache
 
+FIRST_CHUNK = 256  # prompt tokens beside decodes before any step was timed
+SLACK = 2.0  # steps vary: only one that took so many times its target was cut too large
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
@@ -40,8 +43,12 @@ class Batch:
 
 
 class Scheduler:
-    """First come, first served; whole prompts are admitted or wait; prompts never take more than their
-    share of time."""
+    """First come, first served; whole prompts are admitted or wait; prompts leave time to those who generate.
+
+    While others generate, a step takes as much of the prompts as fits `step_seconds`, going by what a token
+    of the last such step took. Chunks of a grid plan cannot be cut: when one ran longer, steps without prompts
+    follow until the prompts are back to their share of the time.
+    """
 
     def __init__(self, config: SchedulerConfig, cache: KVCache) -> None:
         self._config = config
@@ -49,6 +56,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._owed_seconds = 0.0  # decode time that prompts still owe for the chunks they ran
+        self._token_seconds = config.step_seconds / FIRST_CHUNK  # of a step with a prompt in it, per token
 
     @property
     def has_work(self) -> bool:
@@ -69,6 +77,8 @@ class Scheduler:
             return Batch(decodes, [])
         chunks: list[ChunkPlan] = []
         room = self._config.max_num_batched_tokens - len(decodes)
+        if decodes:
+            room = min(room, int(self._config.step_seconds / self._token_seconds))
         for sequence in prompts:
             end = sequence.chunk_end(room)
             if chunks and end - sequence.computed > room:
@@ -78,13 +88,16 @@ class Scheduler:
         return Batch(decodes, chunks)
 
     def account(self, batch: Batch, seconds: float) -> None:
-        """Remember how long a step took: prompts that ran beside decodes owe them time for themselves."""
+        """Learn from how long a step took, and note what prompts that ran beside decodes took from them."""
+        if batch.chunks:
+            self._token_seconds = seconds / batch.num_tokens
         if not batch.decodes:
             self._owed_seconds = 0.0
-        elif batch.chunks:
-            self._owed_seconds = seconds * (1 - self._config.prefill_share) / self._config.prefill_share
-        else:
+        elif not batch.chunks:
             self._owed_seconds = max(0.0, self._owed_seconds - seconds)
+        elif seconds > SLACK * self._config.step_seconds:
+            share = self._config.prefill_share
+            self._owed_seconds = seconds * (1 - share) / share
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and give its pages back."""

@@ -81,10 +81,14 @@ def serve(
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Sequences alive at once.", rich_help_panel=_STEPS)
     ] = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(help="What a step should take while others generate.", rich_help_panel=_STEPS),
+    ] = None,
     prefill_share: Annotated[
         float | None,
         typer.Option(
-            help="Most of the time that prompts may take while others generate.", rich_help_panel=_STEPS
+            help="Most of the time that longer chunks may take while others generate.", rich_help_panel=_STEPS
         ),
     ] = None,
     host: Annotated[
@@ -128,6 +132,7 @@ def serve(
         "cache.gpu_memory_utilization": gpu_memory_utilization,
         "scheduler.max_num_batched_tokens": max_num_batched_tokens,
         "scheduler.max_num_seqs": max_num_seqs,
+        "scheduler.step_seconds": step_seconds,
         "scheduler.prefill_share": prefill_share,
         "server.host": host,
         "server.port": port,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.messages import FinishReason, Sampling, Submit
+from engine.scheduler import Batch
 from tests.tiny import TinyEngine, greedy, make_prompt, plan, tiny_engine, tiny_model
 
 SPARSE = {"method": "minference", "chunk": 128, "vertical": 40, "slash": 100}
@@ -171,6 +172,41 @@ def test_prompts_and_answers_share_steps_and_neither_starves(network: torch.nn.M
             break
     assert said_while_reading == steps, "every step carries every decode"
     assert steps >= 600 // 64
+
+
+def test_prompts_are_cut_to_what_a_step_should_take_while_others_generate(network: torch.nn.Module) -> None:
+    tiny = all_plans(network, step_seconds=0.5)
+    tiny.submit("talker", make_prompt(10), greedy(60))
+    tiny.step()
+    tiny.submit("reader", make_prompt(1500), greedy(1))
+    scheduler = tiny.engine._scheduler
+    batch = scheduler.next_batch()
+    scheduler.account(batch, batch.num_tokens * 0.002)  # 250 tokens fit half a second: 3 pages
+    assert [part.length for part in scheduler.next_batch().chunks] == [192]
+    scheduler.account(batch, batch.num_tokens * 0.1)  # 5 tokens fit: a prompt moves on by a page all the same
+    scheduler.account(Batch(batch.decodes, []), 1000.0)
+    assert [part.length for part in scheduler.next_batch().chunks] == [64]
+    tiny.engine.abort("talker")
+    assert [part.length for part in scheduler.next_batch().chunks] == [1500], "no one to leave time to"
+
+
+def test_a_chunk_that_could_not_be_cut_is_followed_by_steps_for_those_who_generate(
+    network: torch.nn.Module,
+) -> None:
+    tiny = all_plans(network, step_seconds=0.5, prefill_share=0.25)
+    tiny.submit("talker", make_prompt(10), greedy(60))
+    tiny.step()
+    tiny.submit("reader", make_prompt(700), greedy(1), "sparse")
+    scheduler = tiny.engine._scheduler
+    batch = scheduler.next_batch()
+    assert [part.length for part in batch.chunks] == [128], "the grid of the plan"
+    scheduler.account(batch, 2.0)
+    decode = scheduler.next_batch()
+    assert not decode.chunks and decode.decodes
+    scheduler.account(decode, 5.9)
+    assert not scheduler.next_batch().chunks, "a quarter of the time is 2 of 8 seconds"
+    scheduler.account(decode, 0.2)
+    assert scheduler.next_batch().chunks
 
 
 def test_stop_tokens_end_a_request_and_length_ends_the_others(network: torch.nn.Module) -> None:
