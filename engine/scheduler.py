@@ -46,8 +46,8 @@ class Scheduler:
     """First come, first served; whole prompts are admitted or wait; prompts leave time to those who generate.
 
     While others generate, a step takes as much of the prompts as fits `step_seconds`, going by what a token
-    of the last such step took. Chunks of a grid plan cannot be cut: when one ran longer, steps without prompts
-    follow until the prompts are back to their share of the time.
+    of the last such step took. Chunks of a grid plan cannot be cut: when one ran longer, steps without
+    prompts follow until the prompts are back to their share of the time.
     """
 
     def __init__(self, config: SchedulerConfig, cache: KVCache) -> None:
