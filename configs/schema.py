@@ -71,7 +71,7 @@ class SchedulerConfig(_Section):
         4096, description="most tokens of one forward; a plan's grid chunk counts as one piece"
     )
     step_seconds: float = Field(
-        0.5, gt=0, description="what a step should take while others generate: prompts are cut to fit"
+        1.0, gt=0, description="what a step should take while others generate: prompts are cut to fit"
     )
     prefill_share: float = Field(
         0.5, gt=0, le=1, description="most of the time that longer chunks may take while others generate"

@@ -45,8 +45,8 @@ class Batch:
 class Scheduler:
     """First come, first served; whole prompts are admitted or wait; prompts leave time to those who generate.
 
-    While others generate, a step takes as much of the prompts as fits `step_seconds`, going by what a token
-    of the last such step took. Chunks of a grid plan cannot be cut: when one ran longer, steps without
+    While others generate, a step takes as much of the prompts as fits `step_seconds`, going by what a prompt
+    token added to the last such step. Chunks of a grid plan cannot be cut: when one ran longer, steps without
     prompts follow until the prompts are back to their share of the time.
     """
 
@@ -56,7 +56,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._owed_seconds = 0.0  # decode time that prompts still owe for the chunks they ran
-        self._token_seconds = config.step_seconds / FIRST_CHUNK  # of a step with a prompt in it, per token
+        self._decode_seconds = 0.0  # of the last step without prompts
+        self._token_seconds = config.step_seconds / FIRST_CHUNK  # what a prompt token adds to a step
 
     @property
     def has_work(self) -> bool:
@@ -78,7 +79,8 @@ class Scheduler:
         chunks: list[ChunkPlan] = []
         room = self._config.max_num_batched_tokens - len(decodes)
         if decodes:
-            room = min(room, int(self._config.step_seconds / self._token_seconds))
+            left = max(0.0, self._config.step_seconds - self._decode_seconds)
+            room = min(room, int(left / self._token_seconds))
         for sequence in prompts:
             end = sequence.chunk_end(room)
             if chunks and end - sequence.computed > room:
@@ -90,7 +92,12 @@ class Scheduler:
     def account(self, batch: Batch, seconds: float) -> None:
         """Learn from how long a step took, and note what prompts that ran beside decodes took from them."""
         if batch.chunks:
-            self._token_seconds = seconds / batch.num_tokens
+            decodes = self._decode_seconds if batch.decodes else 0.0
+            prompt_tokens = batch.num_tokens - len(batch.decodes)
+            # Steps vary: a quick one must not make prompt tokens look free.
+            self._token_seconds = max(seconds - decodes, seconds / 2) / prompt_tokens
+        else:
+            self._decode_seconds = seconds
         if not batch.decodes:
             self._owed_seconds = 0.0
         elif not batch.chunks:

@@ -181,9 +181,11 @@ def test_prompts_are_cut_to_what_a_step_should_take_while_others_generate(networ
     tiny.submit("reader", make_prompt(1500), greedy(1))
     scheduler = tiny.engine._scheduler
     batch = scheduler.next_batch()
-    scheduler.account(batch, batch.num_tokens * 0.002)  # 250 tokens fit half a second: 3 pages
+    (part,) = batch.chunks
+    scheduler.account(Batch(batch.decodes, []), 0.1)  # a step without prompts
+    scheduler.account(batch, 0.1 + part.length * 0.002)  # 0.4 of 0.5 seconds are left, room for 200: 3 pages
     assert [part.length for part in scheduler.next_batch().chunks] == [192]
-    scheduler.account(batch, batch.num_tokens * 0.1)  # 5 tokens fit: a prompt moves on by a page all the same
+    scheduler.account(batch, 0.1 + part.length * 0.1)  # room for 4: a prompt moves on by a page all the same
     scheduler.account(Batch(batch.decodes, []), 1000.0)
     assert [part.length for part in scheduler.next_batch().chunks] == [64]
     tiny.engine.abort("talker")
