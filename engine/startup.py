@@ -15,6 +15,7 @@ from configs.schema import ServeConfig
 from engine import attention
 from engine.engine import Engine
 from engine.kernels import kernels_for
+from engine.linear import speed_up_decode
 from engine.messages import ModelCard, Sampling, Submit
 from engine.models import end_tokens, load_model, model_info, prepare_model
 from engine.plans import ResolvedPlan, resolve_plans
@@ -79,6 +80,8 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
         attention=attention.IMPLEMENTATION,
     )
     dtype, device = getattr(torch, resolution.dtype), torch.device(resolution.device)
+    if device.type == "cpu":
+        speed_up_decode(network)
     bytes_per_page = page_bytes(model.head_dim, dtype, resolution.states)
     num_pages = _pool_bytes(config, model, bytes_per_page, device) // bytes_per_page
     model = _fit_length(model, config, resolution.plans, num_pages)

@@ -1,0 +1,70 @@
+// Linear layers over a few tokens on CPU, as decode needs them: bound by reading the weights once.
+//
+// Each weight row is read once for all tokens, and threads share the weight rows. Every (token, row) has a sum of its
+// own, added up in the same order however many tokens come along: a result never depends on batch mates or threads.
+#include <algorithm>
+
+#include "native.h"
+
+namespace {
+
+using namespace farspan;
+
+constexpr int TOKENS = 4;  // with
+constexpr int ROWS = 2;    // weight rows: 4 x 2 sums, 2 vectors of weights and one of x fit the registers of AVX2
+
+}  // namespace
+
+extern "C" struct LinearCall {  // mirrored in linear.py
+  const float* x;               // [num_tokens][num_inputs]
+  const float* weight;          // [num_outputs][num_inputs]
+  const float* bias;            // [num_outputs], or null
+  float* out;                   // [num_tokens][num_outputs]
+  int64_t num_tokens, num_inputs, num_outputs;  // num_inputs: whole vectors; num_outputs: at least ROWS
+  int32_t num_threads;
+};
+
+namespace {
+
+// ROWS outputs of TOKEN_COUNT tokens.
+template <int TOKEN_COUNT>
+inline void products(const LinearCall& call, int64_t token, int64_t row) {
+  const float* x = call.x + token * call.num_inputs;
+  const float* weight = call.weight + row * call.num_inputs;
+  Floats sums[TOKEN_COUNT][ROWS];
+  for (int t = 0; t < TOKEN_COUNT; ++t)
+    for (int r = 0; r < ROWS; ++r) sums[t][r] = Floats{};
+  for (int64_t i = 0; i < call.num_inputs; i += LANES) {
+    Floats weights[ROWS];
+    for (int r = 0; r < ROWS; ++r) weights[r] = load(weight + r * call.num_inputs + i);
+    for (int t = 0; t < TOKEN_COUNT; ++t) {
+      const Floats inputs = held(load(x + t * call.num_inputs + i));
+      for (int r = 0; r < ROWS; ++r) sums[t][r] += inputs * weights[r];
+    }
+  }
+  for (int t = 0; t < TOKEN_COUNT; ++t)
+    for (int r = 0; r < ROWS; ++r)
+      call.out[(token + t) * call.num_outputs + row + r] =
+          sum_of(sums[t][r]) + (call.bias ? call.bias[row + r] : 0.0f);
+}
+
+inline void all_tokens(const LinearCall& call, int64_t row) {
+  int64_t token = 0;
+  for (; token + TOKENS <= call.num_tokens; token += TOKENS) products<TOKENS>(call, token, row);
+  switch (call.num_tokens - token) {
+    case 3: return products<3>(call, token, row);
+    case 2: return products<2>(call, token, row);
+    case 1: return products<1>(call, token, row);
+  }
+}
+
+}  // namespace
+
+extern "C" int32_t farspan_lanes() { return LANES; }
+
+extern "C" void farspan_linear(const LinearCall* call) {
+  const int64_t pairs = call->num_outputs / ROWS;
+#pragma omp parallel for schedule(static) num_threads(call->num_threads)
+  for (int64_t pair = 0; pair < pairs; ++pair) all_tokens(*call, pair * ROWS);
+  if (call->num_outputs % ROWS) all_tokens(*call, call->num_outputs - ROWS);  // some again, to the same values
+}
