@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.messages import FinishReason, Sampling, Submit
-from engine.scheduler import Batch
+from engine.scheduler import Batch, ChunkPlan
 from tests.tiny import TinyEngine, greedy, make_prompt, plan, tiny_engine, tiny_model
 
 SPARSE = {"method": "minference", "chunk": 128, "vertical": 40, "slash": 100}
@@ -182,11 +182,15 @@ def test_prompts_are_cut_to_what_a_step_should_take_while_others_generate(networ
     scheduler = tiny.engine._scheduler
     batch = scheduler.next_batch()
     (part,) = batch.chunks
-    scheduler.account(Batch(batch.decodes, []), 0.1)  # a step without prompts
-    scheduler.account(batch, 0.1 + part.length * 0.002)  # 0.4 of 0.5 seconds are left, room for 200: 3 pages
+    alone, beside = Batch(batch.decodes, []), Batch(batch.decodes, [ChunkPlan(part.sequence, 0, 100)])
+    scheduler.account(alone, 0.1)
+    scheduler.account(beside, 0.1 + 100 * 0.002)  # 0.4 of 0.5 seconds are left, room for 200: 3 pages
     assert [part.length for part in scheduler.next_batch().chunks] == [192]
-    scheduler.account(batch, 0.1 + part.length * 0.1)  # room for 4: a prompt moves on by a page all the same
-    scheduler.account(Batch(batch.decodes, []), 1000.0)
+    scheduler.account(beside, 0.1 + 100 * 0.1)  # room for 4: a prompt moves on by a page all the same
+    scheduler.account(alone, 0.1)
+    assert not scheduler.next_batch().chunks, "that step owes time"
+    scheduler.account(alone, 1000.0)
+    scheduler.account(alone, 0.1)
     assert [part.length for part in scheduler.next_batch().chunks] == [64]
     tiny.engine.abort("talker")
     assert [part.length for part in scheduler.next_batch().chunks] == [1500], "no one to leave time to"
