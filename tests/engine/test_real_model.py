@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from configs.schema import EngineConfig
+from engine.linear import speed_up_decode
 from engine.models import prepare_model
 from tests.tiny import TinyEngine, greedy, hf_greedy, plan, tiny_engine
 
@@ -44,6 +45,7 @@ def expected(network: Any, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def engine(network: Any, expected: list[list[int]]) -> TinyEngine:
     """Made after HuggingFace has answered: both use one copy of the weights."""
+    speed_up_decode(network)  # as `farspan serve` does
     chunked = plan("chunked", prefill={"chunk": 256})
     return tiny_engine(plan("dense"), chunked, network=network, num_pages=12_000, max_length=4200)
 
