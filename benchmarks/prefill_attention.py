@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import Timing, device_name, gemm_ceiling, interleaved_medians, write_results
+from benchmarks.random_prompts import PagedKeys
 from configs.model import PAGE_SIZE
 from sparse.base import Chunk
 from sparse.kernels import cpu
@@ -31,20 +32,6 @@ class Shape:
     def flops(self, length: int) -> float:
         """Of dense causal attention."""
         return 4 * self.head_dim * self.num_heads * length * (length + 1) / 2
-
-
-@dataclass
-class PagedKeys:
-    """A KeyView over shuffled pages of its own."""
-
-    num_tokens: int
-    k_pool: Tensor
-    v_pool: Tensor
-    pages: Tensor
-
-    def contiguous(self) -> tuple[Tensor, Tensor]:
-        ids = self.pages.long()
-        return self.k_pool[ids].flatten(1, 2), self.v_pool[ids].flatten(1, 2)
 
 
 @dataclass(frozen=True)
