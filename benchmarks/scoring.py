@@ -23,6 +23,7 @@ from engine.models import load_model, model_info
 from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
+from engine.self_check import checked
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
 
@@ -76,28 +77,38 @@ class Scorer:
     ) -> None:
         """`longest`: tokens of the longest sequence to score."""
         attention.register()
-        network = load_model(folder, dtype=dtype, device=device, attention=attention.IMPLEMENTATION)
+        network = load_model(
+            folder,
+            dtype=dtype,
+            device=device,
+            attention=attention.IMPLEMENTATION,
+            rope_scaling=model.rope_scaling,
+        )
         info = model_info(folder, model)
         states = StateRegistry()
         self.plans: dict[str, ResolvedPlan] = resolve_plans(list(plans), info, states)
         config = SchedulerConfig(max_num_seqs=1)
+        on = torch.device(device)
+        kernels = checked(kernels_for(on), info, getattr(torch, dtype), on)
         self._cache = KVCache(
             info,
             CacheSize(self._pages(info, longest), config.max_num_seqs, longest + PAGE_SIZE),
             dtype=getattr(torch, dtype),
-            device=torch.device(device),
+            device=on,
             states=states,
+            moves=kernels.moves,
         )
-        on = torch.device(device)
-        runner = ModelRunner(network, self._cache, kernels_for(on), on)
+        runner = ModelRunner(network, self._cache, kernels, on)
         self._engine = Engine(self.plans, Scheduler(config, self._cache), runner, self._cache, ())
         self._recorder = _Recorder(network)
 
     def _pages(self, info: ModelInfo, longest: int) -> int:
-        """Enough for the longest sequence under the plan that promises most."""
+        """Enough for the longest sequence under the plan that promises most, beside a prompt to share."""
         rows = info.num_layers * info.num_kv_heads
         keep_all = rows * (-(-(longest + 1) // PAGE_SIZE) + 1)
-        return max(keep_all, *(plan.pages_needed(longest, longest + 1) for plan in self.plans.values()))
+        return keep_all + max(
+            keep_all, *(plan.pages_needed(longest, longest + 1) for plan in self.plans.values())
+        )
 
     def score(self, plan: str, tokens: Sequence[int], prompt_length: int, positions: Sequence[int]) -> Scored:
         """Logits at these positions of `tokens`, whose first `prompt_length` are the prompt."""
@@ -105,7 +116,9 @@ class Scorer:
         recorder.wanted, recorder.found = set(positions), {}
         forced = len(tokens) - prompt_length
         sampling = Sampling(max_tokens=forced + 1, temperature=0.0, ignore_eos=True)
-        self._engine.submit(Submit("score", tuple(tokens), prompt_length, plan, sampling))
+        # Plans that read a prompt alike need it computed once, unless rows of it are judged.
+        share = min(positions) >= prompt_length - PAGE_SIZE
+        self._engine.submit(Submit("score", tuple(tokens), prompt_length, plan, sampling, share=share))
         cost: Cost | None = None
         while self._engine.has_work:
             for output in self._engine.step().outputs:

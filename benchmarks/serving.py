@@ -39,9 +39,11 @@ class Server:
         except OSError as error:
             raise CannotRun(f"{url}: no server answers ({error})") from error
 
-    def complete(self, prompt: Sequence[int], plan: str | None, max_tokens: int) -> dict[str, Any]:
+    def complete(
+        self, prompt: Sequence[int], plan: str | None, max_tokens: int, **options: Any
+    ) -> dict[str, Any]:
         """POST /v1/completions; returns the whole reply when it has come."""
-        with self._post(prompt, plan, max_tokens, stream=False) as reply:
+        with self._post(prompt, plan, max_tokens, stream=False, **options) as reply:
             content: dict[str, Any] = json.load(reply)
         assert content["usage"]["completion_tokens"] == max_tokens, content["usage"]
         return content
@@ -74,8 +76,11 @@ class Server:
                 found[f"{match[1]}{{{state[1]}}}" if state else match[1]] = float(match[3])
         return found
 
-    def _post(self, prompt: Sequence[int], plan: str | None, max_tokens: int, stream: bool) -> Any:
+    def _post(
+        self, prompt: Sequence[int], plan: str | None, max_tokens: int, stream: bool, **options: Any
+    ) -> Any:
         body = {
+            **options,
             "model": self.model,
             "prompt": list(prompt),
             "max_tokens": max_tokens,

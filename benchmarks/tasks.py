@@ -6,7 +6,7 @@ out; digits far back in the prompt and a passage that comes twice do.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CITIES = (
@@ -30,6 +30,10 @@ class Task:
     @property
     def targets(self) -> list[int]:
         return [self.tokens[position + 1] for position in self.positions]
+
+    def decoded(self) -> "Task":
+        """Only what is judged behind the prompt, its last row included."""
+        return replace(self, positions=tuple(p for p in self.positions if p >= self.prompt_length - 1))
 
     @property
     def in_prompt(self) -> list[bool]:

@@ -125,6 +125,12 @@ inline Floats exp2(Floats x) {
   return reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + (reinterpret_cast<Ints>(shifted) << 23));
 }
 
+// tanh(x / 2 * ln(2)) = 1 - 2 / (1 + 2^x), to 1e-7.
+inline Floats tanh_of_half(Floats x) {
+  x = -larger(-x, splat(-126.0f));
+  return 1.0f - 2.0f / (1.0f + exp2(x));
+}
+
 inline float bf16_to_float(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float result;

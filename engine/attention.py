@@ -15,20 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError
+from configs.features import Features
 from engine.kernels import Kernels
 from engine.plans import ResolvedPlan
 from engine.rope import Rope
 from kvcache.cache import KVCache
 from kvcache.decode import Rows
-from sparse.base import Chunk, PrefillMethod
+from kvcache.reach import Reach
+from sparse.base import Chunk, KeyView, PrefillMethod
 from sparse.dense import Dense
+from sparse.masks import intersect
 from sparse.recall import causal_cells, raise_to_floor, read_cells, recall
+from sparse.selection import ExactRows, Selection, dense
 
 IMPLEMENTATION = "farspan"  # the name transformers knows our attention by
 RECALL_LAYERS = 4  # recall is sampled on every fourth layer, another quarter with every chunk
 
 DENSE = Dense()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """What a layer's own module says of its attention."""
+
+    index: int
+    scale: float
+    features: Features
 
 
 @dataclass(slots=True, eq=False)
@@ -40,9 +52,12 @@ class ChunkRun:
     span: slice  # its part of the packed tokens
     destinations: Tensor  # [L, Hkv, Tq] int64 into the flattened pool
     dense: bool  # the plan's outcome for this prompt
+    reach: Reach | None = None  # on the device: how long pages are read, where the policy knows in advance
     read_cells: list[Tensor] = field(default_factory=list)  # one scalar a layer, on the device
     causal_cells: int = 0
     recalls: list[Tensor] = field(default_factory=list)  # [Hq, rows] each
+    below_floor: list[Tensor] = field(default_factory=list)  # bool: did this layer have to read more?
+    knows_recall: bool = True  # not once keys have left that full attention would read
     keep: list[Tensor | None] = field(default_factory=list)  # bool [Hkv, N] by layer, once the prompt ends
 
     def method(self, layer: int) -> PrefillMethod:
@@ -70,65 +85,100 @@ class ForwardBatch:
     decode_plan: ResolvedPlan | None = None  # its decode method serves every decode of this forward
     runs: list[ChunkRun] = field(default_factory=list)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [Hq, T, D], k and v [Hkv, T, D] of the new tokens, after RoPE -> out [T, Hq, D]."""
         num_heads, num_tokens, head_dim = q.shape
         out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
         if self.num_decodes:
-            self._attend_decodes(layer, q, k, v, scale, out[: self.num_decodes])
+            self._attend_decodes(layer, q, k, v, out[: self.num_decodes])
         for run in self.runs:
-            self._attend_chunk(
-                run, layer, q[:, run.span], k[:, run.span], v[:, run.span], scale, out[run.span]
-            )
+            self._attend_chunk(run, layer, q[:, run.span], k[:, run.span], v[:, run.span], out[run.span])
         return out
 
-    def _attend_decodes(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    def _attend_decodes(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """One token of each decoding sequence: q [Hq, T, D], k and v [Hkv, T, D] -> out [B, Hq, D]."""
         assert self.rows is not None and self.decode_destinations is not None and self.decode_plan is not None
-        cache, rows, new = self.cache, self.rows, slice(0, self.num_decodes)
-        cache.write(k[:, new].transpose(0, 1), v[:, new].transpose(0, 1), self.decode_destinations[layer])
+        cache, rows, new, index = self.cache, self.rows, slice(0, self.num_decodes), layer.index
+        cache.write(k[:, new].transpose(0, 1), v[:, new].transpose(0, 1), self.decode_destinations[index])
         queries = q[:, new].transpose(0, 1)
 
         def pre_rope() -> Tensor:
-            return self.rope.unrotate(q[:, new], self.positions[new]).transpose(0, 1)
+            return self.rope.unrotate(q[:, new], self.positions[new], index).transpose(0, 1)
 
-        read = self.decode_plan.decode.select(layer, queries, pre_rope, rows, cache.states)
+        read = self.decode_plan.decode.select(index, queries, pre_rope, rows, cache.states)
         assert read is None, (
             "attention over a part of what rows hold comes with the first method that selects"
         )
-        pages, held = rows.pages[layer], rows.held[layer]
+        pages, held = rows.pages[index], rows.held[index]
         pool = cache.pool
         out.copy_(
             self.kernels.attend_rows(
-                queries, pool.k, pool.v, pages, held, scale=scale, max_held=rows.max_held
+                queries,
+                pool.k,
+                pool.v,
+                pages,
+                held,
+                scale=layer.scale,
+                max_held=rows.max_held,
+                features=layer.features,
             )
         )
 
     def _attend_chunk(
-        self, run: ChunkRun, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor
+        self, run: ChunkRun, layer: Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor
     ) -> None:
         """One chunk of a prompt: q [Hq, Tq, D], k and v [Hkv, Tq, D] -> out [Tq, Hq, D]."""
+        index, scale, features = layer.index, layer.scale, layer.features
 
         def pre_rope() -> tuple[Tensor, Tensor]:
             positions = self.positions[run.span]
-            return self.rope.unrotate(q, positions), self.rope.unrotate(k, positions)
+            return self.rope.unrotate(q, positions, index), self.rope.unrotate(k, positions, index)
 
-        chunk = replace(run.chunk, pre_rope=pre_rope)
-        self.cache.write(k, v, run.destinations[layer])
-        keys = self.cache.view(chunk.slot, layer, chunk.start + chunk.length)
-        selection = run.method(layer).select(layer, q, keys, chunk, scale=scale)
-        if not selection.is_dense and run.samples_recall(layer):
-            found = recall(q, keys, chunk, selection, scale=scale)
+        chunk = replace(
+            run.chunk,
+            pre_rope=pre_rope,
+            estimate=self.kernels.estimate,
+            rotation=self.rope.rotations[index],
+        )
+        self.cache.write(k, v, run.destinations[index])
+        keys = self.cache.view(chunk.slot, index, chunk.start + chunk.length)
+        selection = run.method(index).select(index, q, keys, chunk, scale=scale)
+        if run.reach is not None and run.reach.masks[index]:
+            selection = intersect(selection, run.reach.read_by(index, chunk.start, chunk.length), chunk)
+            run.knows_recall &= not keys.has_holes
+        if not selection.is_dense and run.knows_recall and run.samples_recall(index):
+            found = recall(q, keys, chunk, selection, scale=scale, softcap=features.softcap)
             run.recalls.append(found)
             if run.plan.recall_floor is not None:
+                run.below_floor.append((found.mean(-1) < run.plan.recall_floor).any())
                 selection = raise_to_floor(selection, found, run.plan.recall_floor)
-        out.copy_(self.kernels.attend(q, keys, chunk, selection, scale=scale).out.transpose(0, 1))
-        run.read_cells.append(read_cells(selection, chunk, q.shape[0]))
-        run.causal_cells += causal_cells(chunk, q.shape[0])
+        if selection.exact is not None and (features.softcap is not None or features.sinks is not None):
+            selection = self._exact_again(q, keys, chunk, selection, layer)
+        attended = self.kernels.attend(q, keys, chunk, selection, scale=scale, features=features)
+        out.copy_(attended.out.transpose(0, 1))
+        run.read_cells.append(read_cells(selection, chunk, q.shape[0], features.window))
+        run.causal_cells += causal_cells(chunk, q.shape[0], features.window)
         if chunk.is_last:
             window = min(run.plan.policy.query_window, chunk.length)
             tail = q[:, chunk.length - window :]
-            run.keep.append(run.plan.policy.after_prefill(layer, tail, keys, scale=scale))
+            run.keep.append(run.plan.policy.after_prefill(index, tail, keys, scale=scale))
+
+    def _exact_again(
+        self, q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, layer: Layer
+    ) -> Selection:
+        """The rows that an estimator gave, with the softcap and sinks that estimators do not know."""
+        assert selection.exact is not None
+        num_rows = selection.exact.lse.shape[1]
+        tail = replace(chunk, start=chunk.start + chunk.length - num_rows, length=num_rows)
+        rows = self.kernels.attend(
+            q[:, chunk.length - num_rows :],
+            keys,
+            tail,
+            dense(q.device),
+            scale=layer.scale,
+            features=layer.features,
+        )
+        return replace(selection, exact=ExactRows(rows.out, rows.lse))
 
 
 def attention(
@@ -151,12 +201,9 @@ def attention(
     Source of the protocol: transformers' AttentionInterface. `kwargs` holds what dense attention has no use
     for.
     """
-    for name, feature in {"softcap": softcap, "attention sinks": s_aux}.items():
-        if feature is not None:
-            raise ConfigError(f"model: {type(module).__name__} uses {name}, which our attention does not")
-    # sliding_window: engine/models.py has made sure that no context is longer than the window.
-    out = batch.attend(module.layer_idx, query[0], key[0], value[0], scaling)  # type: ignore[arg-type]
-    return out.unsqueeze(0), None
+    sinks = None if s_aux is None else s_aux.detach().float()
+    layer = Layer(module.layer_idx, scaling, Features(sliding_window, softcap, sinks))  # type: ignore[arg-type]
+    return batch.attend(layer, query[0], key[0], value[0]).unsqueeze(0), None
 
 
 def register() -> None:

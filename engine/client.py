@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -55,11 +56,19 @@ class Engine(Protocol):
         """Why the engine will serve nothing any more, in words; None while it may."""
 
     def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
-        """Outputs of one request, the last with a finish reason. Closing the iterator early aborts the
+        """Outputs of one request, the last of each choice with a finish reason. Closing it early aborts the
         request.
 
         Raises StepFailed if a step failed with it, EngineDead if the engine is not ready or ended meanwhile.
         """
+
+
+@dataclass(slots=True)
+class _OpenRequest:
+    """What the engine said of a request that its reader has not read, and how many choices go on."""
+
+    choices: int
+    outputs: asyncio.Queue[TokenOutput] = field(default_factory=asyncio.Queue)
 
 
 class EngineClient:
@@ -70,7 +79,7 @@ class EngineClient:
     ) -> None:
         self._config = config
         self._on_step = on_step
-        self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._open: dict[str, _OpenRequest] = {}
         self._card: ModelCard | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="farspan-"))  # mode 0700: no one else can connect
         self._context = zmq.asyncio.Context()
@@ -120,20 +129,19 @@ class EngineClient:
     async def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
         if not self.is_ready:
             raise EngineDead(self.death or "the engine is still loading the model")
-        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self._queues[submit.request_id] = queue
+        request = self._open[submit.request_id] = _OpenRequest(submit.choices)
         try:
             await self._send(submit)
-            while True:
-                output = await queue.get()
+            choices = submit.choices
+            while choices:
+                output = await request.outputs.get()
                 if output.finish_reason is FinishReason.ERROR:
                     raise (EngineDead if self.death else StepFailed)(output.error or "the engine failed")
                 yield output
-                if output.finish_reason is not None:
-                    return
+                choices -= output.finish_reason is not None
         finally:
             # Still there: the caller left before the end, and the engine must hear of it.
-            if self._queues.pop(submit.request_id, None) is not None and self.death is None:
+            if self._open.pop(submit.request_id, None) is not None and self.death is None:
                 with contextlib.suppress(EngineDead):
                     await self._send(Abort(submit.request_id))
 
@@ -178,12 +186,13 @@ class EngineClient:
         self.stats = message.stats
         self._on_step(message)
         for output in message.outputs:
-            queue = self._queues.get(output.request_id)
-            if queue is None:
+            request = self._open.get(output.request_id)
+            if request is None:
                 continue  # its reader left; the abort is on its way
-            queue.put_nowait(output)
-            if output.finish_reason is not None:
-                del self._queues[output.request_id]
+            request.outputs.put_nowait(output)
+            request.choices -= output.finish_reason is not None
+            if not request.choices:
+                del self._open[output.request_id]
 
     async def _watch(self) -> None:
         """Wait for the process to end, however it ends, and end every open request."""
@@ -197,9 +206,11 @@ class EngineClient:
             prompt_tokens=counts.prompt_tokens, generation_tokens=counts.generation_tokens, steps=counts.steps
         )
         self._give_up(EngineDead(self.death))
-        for request_id, queue in self._queues.items():
-            queue.put_nowait(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=self.death))
-        self._queues.clear()
+        for request_id, request in self._open.items():
+            request.outputs.put_nowait(
+                TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=self.death)
+            )
+        self._open.clear()
 
     def _give_up(self, error: ConfigError | EngineDead) -> None:
         for milestone in (self._resolved, self._ready):

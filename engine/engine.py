@@ -3,15 +3,22 @@
 import logging
 import time
 
+import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from configs.grammars import Grammars
+from configs.model import PAGE_SIZE
+from engine.attention import ChunkRun
+from engine.constraints import Constraints
 from engine.messages import Cost, FinishReason, Outputs, Stats, Submit, TokenOutput
 from engine.plans import ResolvedPlan
 from engine.runner import ModelRunner, StepResult, slot_of
 from engine.scheduler import Batch, Scheduler
 from engine.sequence import Sequence
 from kvcache.cache import KVCache
+from kvcache.prefix import chain_keys
 
 log = logging.getLogger(__name__)
 
@@ -26,46 +33,71 @@ class Engine:
         runner: ModelRunner,
         cache: KVCache,
         end_tokens: tuple[int, ...],
+        *,
+        share_prefixes: bool = True,
+        grammars: Grammars | None = None,
     ) -> None:
         self._plans = plans
         self._scheduler = scheduler
         self._runner = runner
         self._cache = cache
         self._end_tokens = end_tokens
+        self._share_prefixes = share_prefixes
+        self._constraints = Constraints(grammars)
         self._ended: list[TokenOutput] = []  # ends that no step brought: aborts and refusals
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
         self._steps = 0
         self._step_tokens = 0
         self._step_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._ended)
+        return self._scheduler.has_work or self._constraints.has_work or bool(self._ended)
 
     def submit(self, request: Submit) -> None:
         """Queue a request. One that can never be served ends at once, with the reason."""
+        sampling = request.sampling
+        stops = () if sampling.ignore_eos else self._end_tokens
+        if sampling.grammar is not None:
+            stops += self._constraints.end_tokens
+        if stops:  # from here on, end tokens are stop tokens like any other
+            sampling = msgspec.structs.replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *stops))
+            request = msgspec.structs.replace(request, sampling=sampling)
+        if not self._share_prefixes:
+            request = msgspec.structs.replace(request, share=False)
         sequence = Sequence.from_submit(request, self._plans[request.plan])
-        if sequence.pages_needed > self._cache.pool.num_pages:
+        pages = sequence.pages_needed(sharing=False)
+        pages += len(sequence.siblings) * sequence.pages_of_fork(self._cache.num_rows)
+        if pages > self._cache.pool.num_pages:
+            times = f", of {request.choices} answers," if request.choices > 1 else ""
             self._end(
                 sequence,
                 FinishReason.ERROR,
-                f"{sequence.total_length} tokens need {sequence.pages_needed} pages under plan"
+                f"{sequence.total_length} tokens{times} need {pages} pages under plan"
                 f" {sequence.plan.name!r}; the cache has {self._cache.pool.num_pages}",
             )
             return
-        self._scheduler.add(sequence)
+        if sampling.grammar is None:
+            self._scheduler.add(sequence)
+        else:
+            self._constraints.prepare(sequence, sampling.grammar)
 
     def abort(self, request_id: str) -> None:
         """End a request now and free its pages. One that has ended already is left alone."""
-        sequence = self._scheduler.find(request_id)
-        if sequence is not None:
+        for sequence in self._scheduler.find(request_id):
             self._scheduler.remove(sequence)
+            self._end(sequence, FinishReason.ABORT)
+        for sequence in self._constraints.forget(request_id):
             self._end(sequence, FinishReason.ABORT)
 
     def step(self) -> Outputs:
         """One forward for all that can run, and what came of it."""
         outputs, self._ended = self._ended, []
+        for sequence in self._constraints.prepared(wait=not self._scheduler.has_work and not outputs):
+            self._scheduler.add(sequence)
         batch = self._scheduler.next_batch()
         if batch.num_tokens:
             outputs += self._run(batch)
@@ -85,6 +117,8 @@ class Engine:
             kv_bytes=usage.held_bytes,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
             steps=self._steps,
             step_tokens=self._step_tokens,
             step_seconds=self._step_seconds,
@@ -111,15 +145,21 @@ class Engine:
             self._cache.advance([slot_of(sequence) for sequence in batch.decodes], 1)
             for sequence in batch.decodes:
                 sequence.computed += 1
+                if sequence.computed % PAGE_SIZE == 0:
+                    self._drop(sequence)
         for part, run in result.runs:
             sequence = part.sequence
             slot = slot_of(sequence)
             self._cache.advance(slot, part.length)
             sequence.computed = part.end
+            self._publish_prompt(sequence, run)
+            self._drop(sequence)
+            sequence.prompt_logprobs += result.prompt_logprobs.get(sequence, [])
             cost = sequence.cost
             cost.read_cells += float(torch.stack(run.read_cells).sum())
             cost.causal_cells += run.causal_cells
             cost.recalls += [found.flatten().cpu().numpy() for found in run.recalls]
+            cost.knows_recall &= run.knows_recall
             if sequence.in_prefill:
                 continue
             keep = [mask for mask in run.keep if mask is not None]
@@ -129,26 +169,91 @@ class Engine:
             self._cache.promise(
                 slot, sequence.plan.policy.pages_after_prefill(sequence.prompt_length, sequence.total_length)
             )
-            self._prompt_tokens += sequence.prompt_length
+            self._count_prompt(sequence)
             sequence.prompt_cost = self._cost(sequence, slot)
+            if sequence.siblings:
+                self._scheduler.fork(sequence)
+
+    def _publish_prompt(self, sequence: Sequence, run: ChunkRun) -> None:
+        """Others may borrow what was computed, up to where this prompt is like no longer one."""
+        shareable = sequence.shareable
+        if shareable is None:
+            return
+        if run.below_floor and bool(torch.stack(run.below_floor).any()):  # by rows of this chunk alone
+            sequence.may_publish = min(sequence.may_publish, run.chunk.start // PAGE_SIZE)
+        blocks = min(sequence.computed // PAGE_SIZE // shareable.unit * shareable.unit, sequence.may_publish)
+        if sequence.computed == sequence.prompt_length:
+            blocks = min(sequence.computed // PAGE_SIZE, sequence.may_publish)
+        self._publish(sequence, shareable.keys[:blocks], shareable.tokens)
+
+    def _publish_answer(self, sequence: Sequence) -> None:
+        """The next turn of a chat starts where this one ended, if its tokens' keys and values are exact."""
+        shareable, plan = sequence.shareable, sequence.plan
+        exact = plan.is_dense(sequence.prompt_length) and plan.keeps_everything and sequence.pins
+        if shareable is not None and exact and not sequence.in_prefill:
+            tokens = np.array(sequence.tokens[: sequence.computed], dtype=np.int32)
+            self._publish(sequence, chain_keys(shareable.seed, tokens), tokens)
+
+    def _publish(self, sequence: Sequence, keys: list[bytes], tokens: NDArray[np.int32]) -> None:
+        if len(keys) > sequence.published:
+            self._cache.publish(slot_of(sequence), keys, tokens, pin=sequence.pins)
+            sequence.published = len(keys)
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        self._prompt_tokens += sequence.prompt_length
+        if sequence.shareable is not None:
+            self._prefix_queries += sequence.prompt_length
+            self._prefix_hits += sequence.cached
+
+    def _drop(self, sequence: Sequence) -> None:
+        """The pages that no later query reads leave, where the policy knows them."""
+        reach = sequence.plan.policy.reach(sequence.total_length)
+        if reach is None:
+            return
+        slot = slot_of(sequence)
+        self._cache.drop(slot, torch.from_numpy(reach.left(sequence.computed // PAGE_SIZE)))
+        if not sequence.in_prefill:
+            self._cache.pack(slot)
 
     def _commit(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
         """New tokens join their sequences; those that are done leave."""
         outputs = []
         for sequence, token in result.tokens.items():
+            if sequence in result.broken:
+                self._scheduler.remove(sequence)
+                self._end(
+                    sequence, FinishReason.ERROR, f"structured output failed: {result.broken[sequence]}"
+                )
+                continue
             sequence.tokens.append(token)
             self._generation_tokens += 1
-            reason = sequence.should_stop(self._end_tokens)
+            reason = sequence.should_stop()
             if reason is not None:
+                self._publish_answer(sequence)
                 self._scheduler.remove(sequence)
                 sequence.finish_reason = reason
+            elif sequence.constraint is not None:
+                sequence.constraint.accept(token)
             cost, sequence.prompt_cost = sequence.prompt_cost, None
-            outputs.append(TokenOutput(sequence.request_id, (token,), reason, cost))
+            of_prompt, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+            logprobs = (result.logprobs[sequence],) if sequence in result.logprobs else ()
+            outputs.append(
+                TokenOutput(
+                    sequence.request_id,
+                    (token,),
+                    reason,
+                    cost,
+                    logprobs=logprobs,
+                    prompt_logprobs=of_prompt,
+                    choice=sequence.choice,
+                )
+            )
         return outputs
 
     def _cost(self, sequence: Sequence, slot: int) -> Cost:
         assert sequence.admitted is not None
-        recalls = np.concatenate(sequence.cost.recalls) if sequence.cost.recalls else np.empty(0)
+        known = sequence.cost.recalls if sequence.cost.knows_recall else []
+        recalls = np.concatenate(known) if known else np.empty(0)
         return Cost(
             plan=sequence.plan.name,
             prefill_read_fraction=sequence.cost.read_fraction,
@@ -158,7 +263,7 @@ class Engine:
             kv_tokens_total=sequence.prompt_length,
             kv_tokens_kept=self._cache.kept_tokens(slot),
             kv_bytes=self._cache.bytes_of(slot),
-            cached_tokens=0,
+            cached_tokens=sequence.cached,
             queue_seconds=sequence.admitted - sequence.arrived,
             prefill_seconds=time.monotonic() - sequence.admitted,
         )
@@ -174,5 +279,9 @@ class Engine:
         return outputs
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        sequence.finish_reason = reason
-        self._ended.append(TokenOutput(sequence.request_id, finish_reason=reason, error=error))
+        """Of a sequence, and of the choices that were to be forked off it."""
+        for choice in sequence.choices:
+            choice.finish_reason = reason
+            self._ended.append(
+                TokenOutput(choice.request_id, finish_reason=reason, error=error, choice=choice.choice)
+            )

@@ -1,26 +1,41 @@
-"""Which attention runs on a device: compiled kernels where they can be had, else the torch code behind
-them."""
+"""Which kernels run on a device: compiled ones where they can be had, else the torch code behind them."""
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+import kvcache.compaction
 import kvcache.decode
 import kvcache.kernels.cpu
+import kvcache.moves
 import sparse.attention
+import sparse.estimator
 import sparse.kernels.cpu
+from configs.features import NO_FEATURES, Features
+from kvcache.moves import MoveKept, Moves, Store
 from sparse.attention import Attended
 from sparse.base import Chunk, KeyView
+from sparse.estimator import Estimator
 from sparse.selection import Selection
+
+log = logging.getLogger(__name__)
 
 
 class Attend(Protocol):
     """Attention of a chunk over what a selection names: see sparse.attention.attend."""
 
     def __call__(
-        self, q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scale: float
+        self,
+        q: Tensor,
+        keys: KeyView,
+        chunk: Chunk,
+        selection: Selection,
+        *,
+        scale: float,
+        features: Features = NO_FEATURES,
     ) -> Attended: ...
 
 
@@ -37,22 +52,48 @@ class AttendRows(Protocol):
         *,
         scale: float,
         max_held: int,
+        features: Features = NO_FEATURES,
     ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The two attentions of a forward."""
+    """What a forward, and the cache around it, compute with."""
 
     attend: Attend = sparse.attention.attend
     attend_rows: AttendRows = kvcache.decode.attend_rows
+    estimate: Estimator = sparse.estimator.estimate
+    store: Store = kvcache.moves.store
+    move_kept: MoveKept = kvcache.compaction.move_kept
+
+    @property
+    def moves(self) -> Moves:
+        """Those that the cache moves keys and values with."""
+        return Moves(self.store, self.move_kept)
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The fastest that exists here; where a compiler is missing, the log has said so."""
-    if device.type != "cpu":
-        return Kernels()
+    """The fastest that exists here, unchecked: see engine/self_check.py."""
+    if device.type == "cuda":
+        return triton_kernels()
     return Kernels(
         sparse.kernels.cpu.attend if sparse.kernels.cpu.is_available() else sparse.attention.attend,
         kvcache.kernels.cpu.attend_rows if kvcache.kernels.cpu.is_available() else kvcache.decode.attend_rows,
+    )
+
+
+def triton_kernels() -> Kernels:
+    """Those written in Triton; the log says where it is missing."""
+    try:
+        from kvcache.kernels import triton_compact, triton_decode, triton_store
+        from sparse.kernels import triton_attention, triton_estimator
+    except ImportError as error:
+        log.warning("Triton cannot be imported, torch serves in the place of its kernels: %s", error)
+        return Kernels()
+    return Kernels(
+        triton_attention.attend,
+        triton_decode.attend_rows,
+        triton_estimator.estimate,
+        triton_store.store,
+        triton_compact.move_kept,
     )

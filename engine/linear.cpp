@@ -3,6 +3,7 @@
 // Each weight row is read once for all tokens, and threads share the weight rows. Every (token, row) has a sum of its
 // own, added up in the same order however many tokens come along: a result never depends on batch mates or threads.
 #include <algorithm>
+#include <cmath>
 
 #include "native.h"
 
@@ -18,6 +19,7 @@ constexpr int ROWS = 2;    // weight rows: 4 x 2 sums, 2 vectors of weights and 
 extern "C" struct LinearCall {  // mirrored in linear.py
   const float* x;               // [num_tokens][num_inputs]
   const float* weight;          // [num_outputs][num_inputs]
+  const float* gate;            // as weight, or null: then out = silu(x . gate) * (x . weight), without bias
   const float* bias;            // [num_outputs], or null
   float* out;                   // [num_tokens][num_outputs]
   int64_t num_tokens, num_inputs, num_outputs;  // num_inputs: whole vectors; num_outputs: at least ROWS
@@ -26,35 +28,55 @@ extern "C" struct LinearCall {  // mirrored in linear.py
 
 namespace {
 
-// ROWS outputs of TOKEN_COUNT tokens.
+// sums [TOKEN_COUNT][ROWS] of tokens and rows of weights.
 template <int TOKEN_COUNT>
-inline void products(const LinearCall& call, int64_t token, int64_t row) {
+inline void products(const LinearCall& call, int64_t token, const float* const* rows, float (&result)[TOKEN_COUNT][ROWS]) {
   const float* x = call.x + token * call.num_inputs;
-  const float* weight = call.weight + row * call.num_inputs;
   Floats sums[TOKEN_COUNT][ROWS];
   for (int t = 0; t < TOKEN_COUNT; ++t)
     for (int r = 0; r < ROWS; ++r) sums[t][r] = Floats{};
   for (int64_t i = 0; i < call.num_inputs; i += LANES) {
     Floats weights[ROWS];
-    for (int r = 0; r < ROWS; ++r) weights[r] = load(weight + r * call.num_inputs + i);
+    for (int r = 0; r < ROWS; ++r) weights[r] = load(rows[r] + i);
     for (int t = 0; t < TOKEN_COUNT; ++t) {
       const Floats inputs = held(load(x + t * call.num_inputs + i));
       for (int r = 0; r < ROWS; ++r) sums[t][r] += inputs * weights[r];
     }
   }
   for (int t = 0; t < TOKEN_COUNT; ++t)
+    for (int r = 0; r < ROWS; ++r) result[t][r] = sum_of(sums[t][r]);
+}
+
+// ROWS outputs of TOKEN_COUNT tokens.
+template <int TOKEN_COUNT>
+inline void outputs(const LinearCall& call, int64_t token, int64_t row) {
+  const float* rows[ROWS];
+  for (int r = 0; r < ROWS; ++r) rows[r] = call.weight + (row + r) * call.num_inputs;
+  float result[TOKEN_COUNT][ROWS];
+  products<TOKEN_COUNT>(call, token, rows, result);
+  for (int t = 0; t < TOKEN_COUNT; ++t)
     for (int r = 0; r < ROWS; ++r)
-      call.out[(token + t) * call.num_outputs + row + r] =
-          sum_of(sums[t][r]) + (call.bias ? call.bias[row + r] : 0.0f);
+      call.out[(token + t) * call.num_outputs + row + r] = result[t][r] + (call.bias ? call.bias[row + r] : 0.0f);
+}
+
+// One output of TOKEN_COUNT tokens.
+template <int TOKEN_COUNT>
+inline void gated(const LinearCall& call, int64_t token, int64_t row) {
+  const float* rows[ROWS] = {call.gate + row * call.num_inputs, call.weight + row * call.num_inputs};
+  float result[TOKEN_COUNT][ROWS];
+  products<TOKEN_COUNT>(call, token, rows, result);
+  for (int t = 0; t < TOKEN_COUNT; ++t)
+    call.out[(token + t) * call.num_outputs + row] = result[t][0] / (1.0f + std::exp(-result[t][0])) * result[t][1];
 }
 
 inline void all_tokens(const LinearCall& call, int64_t row) {
   int64_t token = 0;
-  for (; token + TOKENS <= call.num_tokens; token += TOKENS) products<TOKENS>(call, token, row);
+  for (; token + TOKENS <= call.num_tokens; token += TOKENS)
+    call.gate ? gated<TOKENS>(call, token, row) : outputs<TOKENS>(call, token, row);
   switch (call.num_tokens - token) {
-    case 3: return products<3>(call, token, row);
-    case 2: return products<2>(call, token, row);
-    case 1: return products<1>(call, token, row);
+    case 3: return call.gate ? gated<3>(call, token, row) : outputs<3>(call, token, row);
+    case 2: return call.gate ? gated<2>(call, token, row) : outputs<2>(call, token, row);
+    case 1: return call.gate ? gated<1>(call, token, row) : outputs<1>(call, token, row);
   }
 }
 
@@ -63,6 +85,11 @@ inline void all_tokens(const LinearCall& call, int64_t row) {
 extern "C" int32_t farspan_lanes() { return LANES; }
 
 extern "C" void farspan_linear(const LinearCall* call) {
+  if (call->gate) {
+#pragma omp parallel for schedule(static) num_threads(call->num_threads)
+    for (int64_t row = 0; row < call->num_outputs; ++row) all_tokens(*call, row);
+    return;
+  }
   const int64_t pairs = call->num_outputs / ROWS;
 #pragma omp parallel for schedule(static) num_threads(call->num_threads)
   for (int64_t pair = 0; pair < pairs; ++pair) all_tokens(*call, pair * ROWS);

@@ -20,7 +20,7 @@ class _LinearCall(ctypes.Structure):
     """Mirrors LinearCall of linear.cpp, where the shapes are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "gate", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_inputs", "num_outputs")),
         ("num_threads", ctypes.c_int32),
     ]
@@ -63,7 +63,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     call = _LinearCall(
         x.data_ptr(),
         weight.data_ptr(),
+        None,
         None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *(x.numel() // num_inputs, num_inputs, num_outputs),
+        torch.get_num_threads(),
+    )
+    kernels.farspan_linear(ctypes.byref(call))
+    return out
+
+
+def gated_linear(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    """silu(x [..., I] @ gate [O, I].T) * (x @ weight [O, I].T) -> [..., O], all float32 on CPU; I whole
+    vectors."""
+    kernels = library(SOURCE)
+    assert kernels is not None, "fuse_layers has seen to that"
+    x = x.contiguous()
+    num_outputs, num_inputs = weight.shape
+    assert gate.shape == weight.shape and x.shape[-1] == num_inputs and x.dtype == gate.dtype == torch.float32
+    assert gate.is_contiguous() and weight.is_contiguous()
+    out = x.new_empty(*x.shape[:-1], num_outputs)
+    call = _LinearCall(
+        *(tensor.data_ptr() for tensor in (x, weight, gate)),
+        None,
         out.data_ptr(),
         *(x.numel() // num_inputs, num_inputs, num_outputs),
         torch.get_num_threads(),

@@ -29,6 +29,15 @@ class Sampling(msgspec.Struct, frozen=True):
     seed: int = 0  # always set: drawn by the server where the client gave none, so that a replay repeats it
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()  # beside the model's own end tokens
+    min_p: float = 0.0  # [0, 1]: of the most likely token's probability
+    repetition_penalty: float = 1.0  # > 0; tokens of prompt and answer
+    presence_penalty: float = 0.0  # tokens of the answer, as the next
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
+    min_tokens: int = 0  # no stop token before the answer has so many
+    logprobs: int | None = None  # most likely tokens to report beside each sampled one
+    prompt_logprobs: int | None = None  # the same beside each token of the prompt but the first
+    grammar: str | None = None  # of llguidance: what the answer must look like
 
 
 # --- to the engine ---
@@ -43,6 +52,9 @@ class Submit(Message, frozen=True):
     prompt_length: int
     plan: str
     sampling: Sampling
+    choices: int = 1  # answers to this one prompt
+    cache_salt: str = ""  # only prompts of the same salt share keys and values; ...
+    share: bool = True  # ... none do where this is off
 
 
 class Abort(Message, frozen=True):
@@ -60,6 +72,18 @@ ToEngine = Submit | Abort | Shutdown
 # --- from the engine ---
 
 
+Option = str | int | float | bool | None
+
+
+class LayerRun(msgspec.Struct, frozen=True):
+    """Neighbouring layers that prefill by the same method."""
+
+    first: int
+    last: int  # included
+    prefill: str  # method
+    options: dict[str, Option]
+
+
 class PlanCard(msgspec.Struct, frozen=True):
     """What clients may know of a loaded plan."""
 
@@ -68,7 +92,13 @@ class PlanCard(msgspec.Struct, frozen=True):
     prefill: str  # method
     policy: str
     decode: str
-    budget: int | None  # tokens kept per KV head, None = all
+    budget: int | None  # tokens kept per KV head, None = no fixed number
+    chunk: int = 0  # tokens
+    dense_below: int = 0  # prompts with fewer tokens read everything
+    recall_floor: float | None = None
+    layers: tuple[LayerRun, ...] = ()
+    policy_options: dict[str, Option] = {}
+    decode_options: dict[str, Option] = {}
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -118,6 +148,14 @@ class Cost(msgspec.Struct, frozen=True):
     prefill_seconds: float
 
 
+class Logprobs(msgspec.Struct, frozen=True):
+    """How likely one token was by the model's own logits, before temperature, penalties and masks."""
+
+    logprob: float
+    rank: int  # 1 = the most likely token
+    top: tuple[tuple[int, float], ...]  # the most likely tokens and their logprobs, best first
+
+
 class TokenOutput(msgspec.Struct, frozen=True):
     """New tokens of one request. The last output of a request carries `finish_reason`."""
 
@@ -126,6 +164,9 @@ class TokenOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     cost: Cost | None = None  # with the first token
     error: str | None = None  # with FinishReason.ERROR: what to tell the client
+    logprobs: tuple[Logprobs, ...] = ()  # one per token, where the request asked
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token, where the request asked
+    choice: int = 0  # which of the answers; each has an end of its own
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -140,6 +181,8 @@ class Stats(msgspec.Struct, frozen=True):
     kv_bytes: int = 0  # of the pages that sequences hold
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens that were looked up in the prefix cache ...
+    prefix_hits: int = 0  # ... and found there
     steps: int = 0
     step_tokens: int = 0  # in the last step
     step_seconds: float = 0.0  # of the last step

@@ -11,20 +11,45 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
 from configs.model import ModelInfo
+from configs.rope import RopeScaling
 from configs.schema import DEFAULT_MODEL, EngineConfig
+from engine.block_sparse import block_sparse
 
 CACHE = Path(os.environ.get("FARSPAN_CACHE", Path.home() / ".cache" / "farspan"))
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 
 # Shown equal to HuggingFace on tiny random models, packed and chunked: tests/engine/test_families.py
-FAMILIES = {"granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2"}
-ALWAYS_SLIDING = {"mistral", "phi3", "starcoder2"}  # a window in their config holds in every layer
+FAMILIES = {
+    "cohere2",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+}
+ALWAYS_SLIDING = {
+    "mistral",
+    "phi3",
+    "qwen3_moe",
+    "starcoder2",
+}  # a window in their config holds in every layer
+NEVER_SLIDING = {"glm4", "granite", "llama", "olmo2"}  # whatever their config says
 
 
 def prepare_model(config: EngineConfig) -> Path:
@@ -141,52 +166,116 @@ def read_config(folder: Path) -> Any:
 def model_info(folder: Path, config: EngineConfig) -> ModelInfo:
     """Sizes of a model, and the check that it can be served exactly. Raises ConfigError with the reason."""
     hf = read_config(folder)
-    name = folder.name
-    if hf.model_type not in FAMILIES:
+    _refuse_what_is_not_exact(folder.name, hf)
+    if config.rope_scaling is not None:
+        stretch(hf, folder.name, RopeScaling.parse(config.rope_scaling))
+    info = info_of(hf, _display_name(folder, config), _served_length(folder.name, hf, config))
+    return replace(info, rope_scaling=config.rope_scaling)
+
+
+def stretch(hf: Any, name: str, scaling: RopeScaling) -> None:
+    """Rewrite a transformers config for a context `scaling.factor` times as long. Raises ConfigError.
+
+    Where layer types rotate differently, only those that read everything are stretched.
+    """
+    layers = range(hf.num_hidden_layers)
+    if not any(layer_window(hf, layer) is None and rotates_layer(hf, layer) for layer in layers):
         raise ConfigError(
-            f"model: {name}: model type {hf.model_type!r} is not served; {', '.join(sorted(FAMILIES))} are"
+            f"engine.rope_scaling: {name} has no layer that rotates and reads everything: nothing to stretch"
         )
-    rope = getattr(hf, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in STATIC_ROPE:
+    kinds = rope_parameters(hf)
+    kind = "full_attention" if "full_attention" in kinds else ""
+    rope, own = kinds[kind], hf.max_position_embeddings
+    if rope.get("rope_type", "default") != "default":
         raise ConfigError(
-            f"model: {name}: RoPE type {rope['rope_type']!r} makes an answer depend on what else is in"
-            f" the batch; {', '.join(sorted(STATIC_ROPE))} are served"
+            f"engine.rope_scaling: the RoPE of {name} is already scaled ({rope['rope_type']});"
+            f" leave it out to serve the {own} tokens that the model was made for"
         )
-    unknown = set(getattr(hf, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ConfigError(f"model: {name}: layers of type {', '.join(sorted(unknown))} are not served")
-    max_length = _served_length(name, hf, config)
+    rope = {**rope, "rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "yarn":
+        rope["original_max_position_embeddings"] = own
+    hf.rope_parameters = {**hf.rope_parameters, kind: rope} if kind else rope
+    hf.max_position_embeddings = int(own * scaling.factor)
+
+
+def info_of(hf: Any, name: str, max_length: int) -> ModelInfo:
+    """Sizes from a transformers config."""
     num_heads = hf.num_attention_heads
+    windows = [layer_window(hf, layer) for layer in range(hf.num_hidden_layers)]
     return ModelInfo(
-        name=_display_name(folder, config),
+        name=name,
         num_layers=hf.num_hidden_layers,
         num_query_heads=num_heads,
         num_kv_heads=getattr(hf, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // num_heads,
         vocab_size=hf.vocab_size,
         max_length=max_length,
+        block_sparse=block_sparse(hf.to_dict(), name),
+        windows=tuple(None if window is None or window >= max_length else window for window in windows),
     )
+
+
+def layer_window(hf: Any, layer: int) -> int | None:
+    """How many keys a query of this layer reads at most, its own the last; None = all."""
+    if hf.model_type in NEVER_SLIDING:
+        return None
+    slides = hf.model_type in ALWAYS_SLIDING or hf.layer_types[layer] == "sliding_attention"
+    window: int | None = hf.sliding_window if slides else None
+    return window
+
+
+def rotates_layer(hf: Any, layer: int) -> bool:
+    """Does RoPE rotate queries and keys of this layer?"""
+    if hf.model_type == "smollm3":
+        return bool(hf.no_rope_layers[layer])  # 1 = it does, whatever the name says
+    if hf.model_type == "cohere2":
+        return bool(hf.layer_types[layer] == "sliding_attention")
+    return True
+
+
+def _refuse_what_is_not_exact(name: str, hf: Any) -> None:
+    if hf.model_type not in FAMILIES:
+        raise ConfigError(
+            f"model: {name}: model type {hf.model_type!r} is not served; {', '.join(sorted(FAMILIES))} are"
+        )
+    for rope in rope_parameters(hf).values():
+        if rope.get("rope_type", "default") not in STATIC_ROPE:
+            raise ConfigError(
+                f"model: {name}: RoPE type {rope['rope_type']!r} makes an answer depend on what else is in"
+                f" the batch; {', '.join(sorted(STATIC_ROPE))} are served"
+            )
+    unknown = set(getattr(hf, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ConfigError(f"model: {name}: layers of type {', '.join(sorted(unknown))} are not served")
+    if getattr(hf, "use_bidirectional_attention", None):
+        raise ConfigError(
+            f"model: {name}: its queries read the keys after them (use_bidirectional_attention);"
+            " a server that generates token by token cannot do that"
+        )
+    if hf.model_type == "smollm3" and "sliding_attention" in hf.layer_types and not hf.use_sliding_window:
+        raise ConfigError(
+            f"model: {name}: layer_types says that layers slide, use_sliding_window that they do not"
+        )
+
+
+def rope_parameters(hf: Any) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by the type of layer that has them; "" where all layers share them."""
+    rope = getattr(hf, "rope_parameters", None) or {}
+    by_type = {kind: found for kind, found in rope.items() if isinstance(found, dict)}
+    return by_type or {"": rope}
 
 
 def _served_length(name: str, hf: Any, config: EngineConfig) -> int:
-    """The context length asked for, or the model's own; a sliding window must not be shorter than it."""
+    """The context length asked for, or the model's own."""
     own = int(hf.max_position_embeddings)
     asked = config.max_model_len
-    if asked != "auto" and asked > own:
+    if asked == "auto":
+        return own
+    if asked > own:
         raise ConfigError(
             f"engine.max_model_len: {asked} is more than the {own} tokens that {name} was made for"
         )
-    length = own if asked == "auto" else asked
-    window = getattr(hf, "sliding_window", None)
-    slides = hf.model_type in ALWAYS_SLIDING or "sliding_attention" in (
-        getattr(hf, "layer_types", None) or []
-    )
-    if window is not None and slides and length > window:
-        raise ConfigError(
-            f"model: {name}: its sliding window of {window} tokens is not served;"
-            f" with --max-model-len {window} it never slides"
-        )
-    return length
+    return asked
 
 
 def _display_name(folder: Path, config: EngineConfig) -> str:
@@ -210,15 +299,24 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (int(ids),)
 
 
-def load_model(folder: Path, *, dtype: str, device: str, attention: str) -> Any:
+def load_model(
+    folder: Path, *, dtype: str, device: str, attention: str, rope_scaling: str | None = None
+) -> Any:
     """The model in eval mode, its attention switched to ours. Raises ConfigError if its class cannot
     switch."""
     import torch
     import transformers
 
     transformers.logging.disable_progress_bar()
+    hf = read_config(folder)
+    if rope_scaling is not None:
+        stretch(hf, folder.name, RopeScaling.parse(rope_scaling))
+    quantization = getattr(hf, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
+        quantization["dequantize"] = True  # gpt-oss as published; kernels for it are extra
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
+        config=hf,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         trust_remote_code=False,
@@ -226,6 +324,8 @@ def load_model(folder: Path, *, dtype: str, device: str, attention: str) -> Any:
     )
     if not type(model)._can_set_attn_implementation() or model.config._attn_implementation != attention:
         raise ConfigError(f"model: {folder.name}: {type(model).__name__} cannot switch its attention")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")  # the others wait for the device, or copy weights
     return model.to(device).eval()
 
 

@@ -4,6 +4,7 @@ weights load."""
 import dataclasses
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,15 +15,21 @@ from configs.errors import ConfigError, nearest
 from configs.model import ModelInfo
 from configs.plan import PlanFile
 from configs.schema import parse_count
+from engine.cards import layer_runs, options_of
 from engine.messages import PlanCard
-from kvcache.decode import DECODE_METHODS, DecodeMethod
+from kvcache.decode import DECODE_METHODS, DecodeMethod, Full
+from kvcache.keep_all import KeepAll
 from kvcache.policies import KV_POLICIES
 from kvcache.policy import KVPolicy
+from kvcache.s2 import S2
 from kvcache.state import StateRegistry
 from sparse.base import PrefillMethod
 from sparse.dense import Dense
 from sparse.methods import PREFILL_METHODS
 
+log = logging.getLogger(__name__)
+
+DENSE = Dense()
 MIN_WINDOW = 64  # queries that MInference's estimator looks at: no chunk but a whole prompt is shorter
 
 _Plugin = TypeVar("_Plugin")
@@ -40,6 +47,8 @@ class ResolvedPlan:
     chunk: int  # tokens
     dense_below: int  # tokens
     recall_floor: float | None
+    model_identity: bytes  # what every prefill depends on
+    prefill_identity: bytes  # what a prefill that is not dense depends on, beside the model and the policy
     card: PlanCard
 
     @property
@@ -50,8 +59,24 @@ class ResolvedPlan:
 
     @property
     def grid(self) -> bool:
-        """Do answers depend on where chunks end?"""
-        return any(method.grid for method in self.methods)
+        """Do answers depend on where chunks end?
+
+        A floor on recall does: its sample is one of a chunk. So does choosing among what is held, where pages
+        leave between chunks.
+        """
+        chooses = any(not isinstance(method, Dense) for method in self.methods)
+        depends = any(method.grid for method in self.methods) or (self.policy.masks and chooses)
+        return depends or self.recall_floor is not None
+
+    @property
+    def last_rows(self) -> int:
+        """Last rows of a prompt that some layer reads unlike others."""
+        return max(method.last_rows for method in self.methods)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Are generated tokens' keys and values those that a dense prefill of them would compute?"""
+        return isinstance(self.policy, KeepAll) and isinstance(self.decode, Full)
 
     def is_dense(self, prompt_length: int) -> bool:
         """Does a prompt of this many tokens read everything?"""
@@ -59,7 +84,8 @@ class ResolvedPlan:
 
     def pages_needed(self, prompt: int, total: int) -> int:
         """Pages promised to a sequence at admission (lengths in tokens)."""
-        return self.policy.pages_needed(prompt, total, self.chunk)
+        # The last chunk also takes what would be too little for one of its own.
+        return self.policy.pages_needed(prompt, total, self.chunk + self.window - 1)
 
 
 def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None = None) -> ResolvedPlan:
@@ -95,16 +121,37 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
         except (ValueError, OSError) as error:
             raise ConfigError(f"{where}: {part}.{error}") from error
 
+    if policy.masks and prefill.recall_floor is not None:
+        raise ConfigError(
+            f"{where}: prefill.recall_floor: {plan.kv.policy} hides keys from every head, whatever they hold;"
+            " a head could not be made to read them. Leave the floor out"
+        )
+    if model.block_sparse is not None and not isinstance(policy, S2):
+        log.warning(
+            "%s: kv.policy: %s was trained to read blocks of its own, and %s reads others; s2 reads those",
+            *(where, model.name, plan.kv.policy),
+        )
+    if policy.compacts and any(model.windows):
+        raise ConfigError(
+            f"{where}: kv.policy: {plan.kv.policy} keeps tokens from anywhere in a prompt, and layers of"
+            f" {model.name} read a window of consecutive ones; use keep_all, which gives back what lies"
+            " behind a window"
+        )
+
+    _refuse_state_that_cannot_move(policy, states, f"{where}: kv.policy: {plan.kv.policy}")
     digest = _digest(plan, files, model)
+    methods = _methods_by_layer(main, others, prefill.layers, model, where)
     return ResolvedPlan(
         name=plan.name,
         digest=digest,
-        methods=_methods_by_layer(main, others, prefill.layers, model, where),
+        methods=methods,
         policy=policy,
         decode=decode,
         chunk=prefill.chunk,
         dense_below=prefill.dense_below,
         recall_floor=prefill.recall_floor,
+        model_identity=json.dumps(dataclasses.asdict(model), sort_keys=True).encode(),
+        prefill_identity=_prefill_identity(plan, files),
         card=PlanCard(
             name=plan.name,
             digest=digest,
@@ -112,6 +159,12 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
             policy=plan.kv.policy,
             decode=plan.decode.method,
             budget=getattr(policy, "budget", None),
+            chunk=prefill.chunk,
+            dense_below=prefill.dense_below,
+            recall_floor=prefill.recall_floor,
+            layers=layer_runs(methods),
+            policy_options=options_of(policy),
+            decode_options=options_of(decode),
         ),
     )
 
@@ -125,7 +178,19 @@ def resolve_plans(plans: list[PlanFile], model: ModelInfo, states: StateRegistry
                 f"{plan.source}: two plans are named {plan.name!r}; a plan's name is its file's name"
             )
         resolved[plan.name] = resolve_plan(plan, model, states)
+    for plan in plans:  # what a later plan declares is kept for the pages of all
+        policy = resolved[plan.name].policy
+        _refuse_state_that_cannot_move(policy, states, f"{plan.source}: kv.policy: {plan.kv.policy}")
     return resolved
+
+
+def _refuse_state_that_cannot_move(policy: KVPolicy, states: StateRegistry, where: str) -> None:
+    if policy.compacts and states.page_bytes:
+        raise ConfigError(
+            f"{where} moves tokens to other pages, and what a method of a loaded plan keeps for each page"
+            f" ({states.page_bytes} bytes) cannot follow; load the two in different servers, or use a policy"
+            " that moves nothing: keep_all, streaming, moa or s2"
+        )
 
 
 def _build(
@@ -170,7 +235,8 @@ def _methods_by_layer(
     model: ModelInfo,
     where: str,
 ) -> tuple[PrefillMethod, ...]:
-    methods = [main] * model.num_layers
+    # Within a window there is little to skip, and what a method would leave out is near: read all of it.
+    methods = [main if model.window(layer) is None else DENSE for layer in range(model.num_layers)]
     for key, name in layers.items():
         first, _, last = key.partition("-")
         span = range(int(first), int(last or first) + 1)
@@ -179,6 +245,11 @@ def _methods_by_layer(
                 f"{where}: prefill.layers.{key}: {model.name} has layers 0 to {model.num_layers - 1}"
             )
         for layer in span:
+            if model.window(layer) is not None and not isinstance(others[name], Dense):
+                raise ConfigError(
+                    f"{where}: prefill.layers.{key}: layer {layer} of {model.name} reads a window of"
+                    f" {model.window(layer)} tokens, always densely; give {name} to other layers"
+                )
             methods[layer] = others[name]
     return tuple(methods)
 
@@ -187,7 +258,20 @@ def _digest(plan: PlanFile, files: Path, model: ModelInfo) -> str:
     """12 hex digits over the plan, the content of the files it names, and the model."""
     content: dict[str, Any] = {"plan": plan.model_dump(mode="json"), "model": dataclasses.asdict(model)}
     for part in (plan.prefill, plan.kv, plan.decode):
-        for option, value in part.options.items():
-            if isinstance(value, str) and (files / value).is_file():
-                content[option] = hashlib.sha256((files / value).read_bytes()).hexdigest()
+        content |= _contents(part.options, files)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _prefill_identity(plan: PlanFile, files: Path) -> bytes:
+    """All of a plan that decides which keys its sparse prefill reads, with the content of files."""
+    prefill = plan.prefill.model_dump(mode="json", exclude={"dense_below"})
+    return json.dumps(prefill | _contents(plan.prefill.options, files), sort_keys=True).encode()
+
+
+def _contents(options: dict[str, Any], files: Path) -> dict[str, str]:
+    """A hash of each file that an option names."""
+    return {
+        option: hashlib.sha256((files / value).read_bytes()).hexdigest()
+        for option, value in options.items()
+        if isinstance(value, str) and (files / value).is_file()
+    }

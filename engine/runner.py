@@ -1,17 +1,21 @@
 """ModelRunner: one forward of the model over a batch, and the tokens sampled from it. Owns the model."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from configs.grammars import BadGrammar
 from engine.attention import ChunkRun, ForwardBatch
 from engine.kernels import Kernels
+from engine.messages import Logprobs
 from engine.rope import Rope
-from engine.sampler import SampledRow, sample
+from engine.sampler import SampledRow, TokenCounts, has_penalties, logprobs_of, sample
 from engine.scheduler import Batch, ChunkPlan
+from engine.scoring import Heard, Scorer
 from engine.sequence import Sequence
 from kvcache.cache import KVCache
 from sparse.base import Chunk
@@ -24,6 +28,9 @@ class StepResult:
 
     tokens: dict[Sequence, int]
     runs: list[tuple[ChunkPlan, ChunkRun]]
+    logprobs: dict[Sequence, Logprobs] = field(default_factory=dict)  # of those tokens, where asked for
+    prompt_logprobs: dict[Sequence, list[Logprobs]] = field(default_factory=dict)  # of these chunks
+    broken: dict[Sequence, str] = field(default_factory=dict)  # whose constraint cannot be followed, and why
 
 
 class ModelRunner:
@@ -32,6 +39,7 @@ class ModelRunner:
     def __init__(self, model: Any, cache: KVCache, kernels: Kernels, device: torch.device) -> None:
         self._model = model
         self._rope = Rope.of(model)
+        self._scorer = Scorer(model)
         self._cache = cache
         self._kernels = kernels
         self._device = device
@@ -41,17 +49,63 @@ class ModelRunner:
         tokens, positions = (torch.from_numpy(part).to(self._device) for part in self._pack(batch))
         forward, runs = self._prepare(batch, positions)
         last_rows, sampled = self._rows_to_sample(batch)
-        logits = self._model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            logits_to_keep=torch.tensor(last_rows, dtype=torch.int64, device=self._device),
-            use_cache=False,
-            batch=forward,
-        ).logits[0]
-        if not sampled:
-            return StepResult({}, runs)
-        rows = [SampledRow(sequence.sampling, len(sequence.tokens)) for sequence in sampled]
-        return StepResult(dict(zip(sampled, sample(logits, rows), strict=True)), runs)
+        scored = [run for run in runs if run[0].sequence.sampling.prompt_logprobs is not None]
+        with self._scorer.listening() if scored else nullcontext(Heard()) as heard:
+            logits = self._model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                logits_to_keep=torch.tensor(last_rows, dtype=torch.int64, device=self._device),
+                use_cache=False,
+                batch=forward,
+            ).logits[0]
+        result = StepResult({}, runs, prompt_logprobs=self._score(heard, scored))
+        if sampled:
+            chosen = sample(logits, [self._sampled_row(sequence, result) for sequence in sampled])
+            result.tokens.update(zip(sampled, chosen, strict=True))
+            result.logprobs.update(self._logprobs(logits, sampled, chosen))
+        return result
+
+    def _sampled_row(self, sequence: Sequence, result: StepResult) -> SampledRow:
+        allowed = None
+        if sequence.constraint is not None:
+            try:
+                allowed = sequence.constraint.allowed().to(self._device)
+            except BadGrammar as error:
+                result.broken[sequence] = str(error)
+        if has_penalties(sequence.sampling):
+            if sequence.counts is None:
+                sequence.counts = TokenCounts(self._model.config.get_text_config().vocab_size, self._device)
+            sequence.counts.catch_up(sequence.tokens, sequence.prompt_length)
+        return SampledRow(
+            sequence.sampling,
+            len(sequence.tokens),
+            choice=sequence.choice,
+            num_generated=sequence.num_generated,
+            counts=sequence.counts,
+            allowed=allowed,
+        )
+
+    @staticmethod
+    def _logprobs(logits: Tensor, sampled: list[Sequence], chosen: list[int]) -> dict[Sequence, Logprobs]:
+        """Of the tokens chosen for those who asked. logits [B, V]."""
+        asked = [i for i, sequence in enumerate(sampled) if sequence.sampling.logprobs is not None]
+        if not asked:
+            return {}
+        counts = [sampled[i].sampling.logprobs or 0 for i in asked]
+        found = logprobs_of(logits[asked], [chosen[i] for i in asked], counts)
+        return dict(zip((sampled[i] for i in asked), found, strict=True))
+
+    def _score(
+        self, heard: Heard, scored: list[tuple[ChunkPlan, ChunkRun]]
+    ) -> dict[Sequence, list[Logprobs]]:
+        """Of the prompt tokens that follow each row of these chunks."""
+        found = {}
+        for part, run in scored:
+            sequence = part.sequence
+            targets = sequence.tokens[part.start + 1 : min(part.end + 1, sequence.prompt_length)]
+            count = sequence.sampling.prompt_logprobs or 0
+            found[sequence] = self._scorer.score(heard, run.span.start, targets, count)
+        return found
 
     def _prepare(
         self, batch: Batch, positions: Tensor
@@ -81,6 +135,7 @@ class ModelRunner:
     def _chunk_run(self, part: ChunkPlan, span: slice) -> ChunkRun:
         sequence = part.sequence
         slot = slot_of(sequence)
+        reach = sequence.plan.policy.reach(sequence.total_length)
         return ChunkRun(
             chunk=Chunk(
                 start=part.start,
@@ -93,6 +148,7 @@ class ModelRunner:
             span=span,
             destinations=self._cache.prefill_destinations(slot, part.start, part.length),
             dense=sequence.plan.is_dense(sequence.prompt_length),
+            reach=None if reach is None else reach.to(self._device),
         )
 
     @staticmethod
@@ -118,8 +174,8 @@ class ModelRunner:
         for part in batch.chunks:
             end += part.length
             if part.end == len(part.sequence.tokens):
-                rows.append(end - 1)
-                sampled.append(part.sequence)
+                rows += [end - 1] * len(part.sequence.choices)
+                sampled += part.sequence.choices
         return rows, sampled
 
 

@@ -5,9 +5,11 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from configs.model import PAGE_SIZE
 from configs.schema import SchedulerConfig
 from engine.sequence import Sequence
 from kvcache.cache import KVCache
+from kvcache.prefix import NO_COLUMNS, Columns
 
 FIRST_CHUNK = 256  # prompt tokens beside decodes before any step was timed
 SLACK = 2.0  # steps vary: only one that took so many times its target was cut too large
@@ -66,8 +68,21 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def find(self, request_id: str) -> Sequence | None:
-        return next((s for s in [*self.running, *self.waiting] if s.request_id == request_id), None)
+    def find(self, request_id: str) -> list[Sequence]:
+        """Its choices; those that were not forked yet belong to the first."""
+        return [s for s in [*self.running, *self.waiting] if s.request_id == request_id]
+
+    def fork(self, sequence: Sequence) -> None:
+        """Its prompt is computed: the other choices run from here on, beside it."""
+        slots = [sibling.slot for sibling in sequence.siblings]
+        assert sequence.slot is not None and None not in slots
+        self._cache.fork(sequence.slot, [slot for slot in slots if slot is not None], pin=sequence.pins)
+        for sibling in sequence.siblings:
+            sibling.computed = sequence.computed
+            sibling.shareable = None  # what it generates is its own
+        self.running += sequence.siblings
+        sequence.siblings = []
+        sequence.shareable = None
 
     def next_batch(self) -> Batch:
         """All decodes, then chunks of prompts in the order of arrival while there is room."""
@@ -81,7 +96,14 @@ class Scheduler:
         if decodes:
             left = max(0.0, self._config.step_seconds - self._decode_seconds)
             room = min(room, int(left / self._token_seconds))
+        coming: set[bytes] = set()  # blocks that a prompt before it in the queue is about to compute
         for sequence in prompts:
+            if sequence.shareable is not None:
+                if sequence.computed == sequence.cached:
+                    self._borrow_more(sequence)
+                    if sequence.shareable.next_unit(sequence.cached // PAGE_SIZE) in coming:
+                        continue
+                coming.update(sequence.shareable.keys[sequence.published : sequence.may_publish])
             end = sequence.chunk_end(room)
             if chunks and end - sequence.computed > room:
                 break  # the first chunk always runs, so that every prompt moves on
@@ -107,20 +129,70 @@ class Scheduler:
             self._owed_seconds = seconds * (1 - share) / share
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and give its pages back."""
+        """Forget a sequence, wherever it is, with the choices not yet forked off it; pages go back."""
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
-        self._cache.release(sequence.slot)
-        sequence.slot = None
+        for choice in sequence.choices:
+            assert choice.slot is not None
+            self._cache.release(choice.slot)
+            choice.slot = None
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._config.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self._cache.can_admit(sequence.pages_needed):
-                return  # later ones must not overtake: a long prompt would wait for ever
-            self.waiting.popleft()
-            sequence.slot = self._cache.admit(sequence.pages_needed)
-            sequence.admitted = time.monotonic()
-            self.running.append(sequence)
+        while self.waiting and self._take_in(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+
+    def _take_in(self, sequence: Sequence) -> bool:
+        """Promise pages and slots to the first in the queue, or let it wait.
+
+        Later ones must not overtake: a long prompt would wait for ever. Sharing may cost a copy. A sequence
+        that has nothing to borrow, or that nobody is there to wait for, does without if that lets it in.
+        """
+        live = sum(len(one.choices) for one in self.running)
+        if live + len(sequence.choices) > self._config.max_num_seqs:
+            return False
+        fork_pages = len(sequence.siblings) * sequence.pages_of_fork(self._cache.num_rows)
+        if sequence.shareable is not None:
+            chain = self._known(sequence)
+            pages = sequence.pages_needed(sharing=True)
+            pinned = chain if sequence.pins else NO_COLUMNS
+            if self._cache.can_admit(pages + fork_pages, slots=len(sequence.choices), columns=pinned):
+                sequence.slot = self._cache.admit(pages, columns=pinned)
+                self._borrow(sequence, chain)
+            elif self.running and chain.size:
+                return False
+            else:
+                sequence.shareable = None
+        if sequence.slot is None:
+            pages = sequence.pages_needed(sharing=False)
+            if not self._cache.can_admit(pages + fork_pages, slots=len(sequence.choices)):
+                return False
+            sequence.slot = self._cache.admit(pages)
+        for sibling in sequence.siblings:
+            sibling.slot = self._cache.admit(sequence.pages_of_fork(self._cache.num_rows))
+        for choice in sequence.choices:
+            choice.admitted = time.monotonic()
+        return True
+
+    def _known(self, sequence: Sequence) -> Columns:
+        """The beginning of this prompt that the prefix cache has, as far as it may be taken."""
+        shareable = sequence.shareable
+        assert shareable is not None
+        chain = self._cache.prefix.find(shareable.keys[: shareable.usable], shareable.tokens)
+        return chain[: shareable.hit(chain.size)]
+
+    def _borrow_more(self, sequence: Sequence) -> None:
+        """Others may have published since a waiting prompt was admitted."""
+        chain = self._known(sequence)
+        if chain.size * PAGE_SIZE > sequence.cached:
+            self._borrow(sequence, chain)
+
+    def _borrow(self, sequence: Sequence, chain: Columns) -> None:
+        """Start behind these columns."""
+        assert sequence.slot is not None
+        reach = sequence.plan.policy.reach(sequence.total_length)
+        left = None if reach is None else reach.left(chain.size)
+        self._cache.borrow(sequence.slot, chain, left=left)
+        sequence.cached = sequence.computed = chain.size * PAGE_SIZE
+        sequence.published = max(sequence.published, chain.size)

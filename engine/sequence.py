@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from configs.model import PAGE_SIZE
-from engine.messages import Cost, FinishReason, Sampling, Submit
+from engine.constraint import Constraint
+from engine.messages import Cost, FinishReason, Logprobs, Sampling, Submit
 from engine.plans import ResolvedPlan
+from engine.sampler import TokenCounts
+from engine.sharing import Shareable, shareable
+from kvcache.pool import pages_for
 
 
 @dataclass(slots=True)
@@ -18,6 +22,7 @@ class PrefillCost:
     read_cells: float = 0.0  # keys read x query rows, at the kernel's tiles
     causal_cells: int = 0  # the same if everything had been read
     recalls: list[np.ndarray] = field(default_factory=list)  # sampled attention recall, flat
+    knows_recall: bool = True  # not once keys had left that full attention would have read
 
     @property
     def read_fraction(self) -> float:
@@ -40,18 +45,51 @@ class Sequence:
     admitted: float | None = None
     cost: PrefillCost = field(default_factory=PrefillCost)
     prompt_cost: Cost | None = None  # once the prompt is computed
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt so far, where asked for
+    counts: TokenCounts | None = None  # the runner's, for penalties
+    constraint: Constraint | None = None  # the engine's, where the answer has a grammar
+    choice: int = 0  # which of the answers to its request
+    siblings: list["Sequence"] = field(
+        default_factory=list
+    )  # choices that fork off when the prompt is computed
+    shareable: Shareable | None = None  # None: it neither borrows nor publishes
+    cached: int = 0  # tokens of the prompt taken from the prefix cache
+    published: int = 0  # blocks that went there, or came from there
+    may_publish: int = 0  # blocks at most
     finish_reason: FinishReason | None = None
 
     @classmethod
     def from_submit(cls, submit: Submit, plan: ResolvedPlan) -> "Sequence":
-        return cls(
-            request_id=submit.request_id,
-            tokens=list(submit.tokens),
-            prompt_length=submit.prompt_length,
-            sampling=submit.sampling,
-            plan=plan,
-            arrived=time.monotonic(),
-        )
+        choices = [
+            cls(
+                request_id=submit.request_id,
+                tokens=list(submit.tokens),
+                prompt_length=submit.prompt_length,
+                sampling=submit.sampling,
+                plan=plan,
+                arrived=time.monotonic(),
+                choice=choice,
+            )
+            for choice in range(submit.choices)
+        ]
+        first = choices[0]
+        first.siblings = choices[1:]
+        if submit.share and submit.sampling.prompt_logprobs is None:  # whose rows must all be computed
+            first.shareable = shareable(
+                plan, first.tokens, first.prompt_length, first.total_length, submit.cache_salt
+            )
+            first.may_publish = first.shareable.publishable
+        return first
+
+    @property
+    def choices(self) -> list["Sequence"]:
+        """Itself, and those that wait to be forked off it."""
+        return [self, *self.siblings]
+
+    @property
+    def pins(self) -> bool:
+        """May it count on borrowed pages? Not if its policy drops pages as it goes."""
+        return self.plan.policy.reach(self.total_length) is None
 
     @property
     def total_length(self) -> int:
@@ -66,9 +104,18 @@ class Sequence:
     def in_prefill(self) -> bool:
         return self.computed < self.prompt_length
 
-    @property
-    def pages_needed(self) -> int:
-        return self.plan.pages_needed(self.prompt_length, self.total_length)
+    def pages_needed(self, *, sharing: bool) -> int:
+        """The most pages it will hold at once. What others read is not compacted in place, but copied."""
+        pages = self.plan.pages_needed(self.prompt_length, self.total_length)
+        if sharing and self.plan.policy.compacts:
+            pages += self.plan.policy.pages_after_prefill(self.prompt_length, self.prompt_length)
+        return pages
+
+    def pages_of_fork(self, num_rows: int) -> int:
+        """The most pages that a choice will hold beside the full ones it shares (rows: L * Hkv)."""
+        if not self.pins:
+            return self.plan.policy.pages_after_prefill(self.prompt_length, self.total_length)
+        return num_rows * (1 + pages_for(self.sampling.max_tokens))  # a copied page, and what is generated
 
     def chunk_end(self, room: int) -> int:
         """Where the next chunk of the prompt ends, given room for so many tokens.
@@ -82,9 +129,8 @@ class Sequence:
             end = min(end, max(self.computed + room, self.computed + PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE)
         return end if self.prompt_length - end >= self.plan.window else self.prompt_length
 
-    def should_stop(self, end_tokens: tuple[int, ...]) -> FinishReason | None:
+    def should_stop(self) -> FinishReason | None:
         """Does the newest token end this sequence?"""
-        last = self.tokens[-1]
-        if last in self.sampling.stop_token_ids or (last in end_tokens and not self.sampling.ignore_eos):
+        if self.tokens[-1] in self.sampling.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_generated >= self.sampling.max_tokens else None

@@ -9,18 +9,21 @@ import msgspec
 import torch
 
 from configs.errors import ConfigError
+from configs.grammars import Grammars
 from configs.loading import load_plan
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.schema import ServeConfig
 from engine import attention
 from engine.engine import Engine
 from engine.kernels import kernels_for
+from engine.layers import fuse_layers
 from engine.linear import speed_up_decode
 from engine.messages import ModelCard, Sampling, Submit
 from engine.models import end_tokens, load_model, model_info, prepare_model
 from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
+from engine.self_check import checked
 from kvcache.cache import CacheSize, KVCache
 from kvcache.pool import page_bytes, pages_for
 from kvcache.state import StateRegistry
@@ -78,25 +81,41 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
         dtype=resolution.dtype,
         device=resolution.device,
         attention=attention.IMPLEMENTATION,
+        rope_scaling=config.engine.rope_scaling,
     )
     dtype, device = getattr(torch, resolution.dtype), torch.device(resolution.device)
     if device.type == "cpu":
         speed_up_decode(network)
+        fuse_layers(network)
     bytes_per_page = page_bytes(model.head_dim, dtype, resolution.states)
     num_pages = _pool_bytes(config, model, bytes_per_page, device) // bytes_per_page
     model = _fit_length(model, config, resolution.plans, num_pages)
+    kernels = checked(kernels_for(device), model, dtype, device)
     cache = KVCache(
         model,
         CacheSize(num_pages, config.scheduler.max_num_seqs, model.max_length),
         dtype=dtype,
         device=device,
         states=resolution.states,
+        moves=kernels.moves,
     )
-    runner = ModelRunner(network, cache, kernels_for(device), device)
+    runner = ModelRunner(network, cache, kernels, device)
+
+    grammars = Grammars.if_possible(
+        resolution.folder / "tokenizer.json", model.vocab_size, end_tokens(resolution.folder)
+    )
 
     def engine() -> Engine:
         scheduler = Scheduler(config.scheduler, cache)
-        return Engine(resolution.plans, scheduler, runner, cache, end_tokens(resolution.folder))
+        return Engine(
+            resolution.plans,
+            scheduler,
+            runner,
+            cache,
+            end_tokens(resolution.folder),
+            share_prefixes=config.cache.enable_prefix_caching,
+            grammars=grammars,
+        )
 
     _warm_up(engine(), resolution.plans, model)  # an engine of its own: nobody asked for these tokens
     card = msgspec.structs.replace(
@@ -179,9 +198,10 @@ def _fit_length(
 def _warm_up(engine: Engine, plans: dict[str, ResolvedPlan], model: ModelInfo) -> None:
     """One short request through each plan, so that the first client waits for no first-use cost."""
     length = min(WARM_UP_TOKENS, model.max_length - 4)
+    sampling = Sampling(max_tokens=2, ignore_eos=True)
     for name in plans:
         tokens = tuple(i % model.vocab_size for i in range(length))
-        engine.submit(Submit("warm-up", tokens, length, name, Sampling(max_tokens=2, ignore_eos=True)))
+        engine.submit(Submit("warm-up", tokens, length, name, sampling, share=False))
         while engine.has_work:
             for output in engine.step().outputs:
                 if output.error is not None:

@@ -1,8 +1,9 @@
 """KVCache: what every live sequence holds, by slot. Owns the pool, the page table, promises and lengths.
 
-    admit
-    prefill   (reserve, sync, forward: write and view, advance, drop)*     a table index is a logical block
+    admit     (borrow)                                                     columns of an equal beginning
+    prefill   (reserve, sync, forward: write and view, advance, publish, drop)*    an index is a logical block
     compact | pack                                                         if the policy forgets something
+    fork                                                                   one prompt, several answers
     decode    (reserve_next, sync, forward: write and read, advance)*      a table index is a place in the row
     release
 
@@ -11,6 +12,7 @@ Everything here runs between forwards, except `view` and `write`, which use what
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
-from kvcache.compaction import move_kept, own_pages
+from kvcache.compaction import copy_pages, own_pages
 from kvcache.decode import Rows
+from kvcache.moves import TORCH_MOVES, Moves
 from kvcache.origins import Origins
 from kvcache.pool import PagePool, pages_for
+from kvcache.prefix import NO_COLUMNS, NO_PARENT, Columns, PrefixCache
+from kvcache.promises import Promises
 from kvcache.state import StateRegistry
 from kvcache.table import PageTable, SlotArray, Slots
 from kvcache.view import KeyView
@@ -42,9 +47,9 @@ class PageUsage:
     """Where the pages are: free + private + borrowed + cached == num_pages."""
 
     free: int
-    private: int  # one row reads it
+    private: int  # one row reads it, whether a column holds it or not
     borrowed: int  # several rows read it
-    cached: int  # no row reads it, but a later prompt may
+    cached: int  # no row reads it; a column holds it for a later prompt
     held_bytes: int  # of the pages that sequences hold
 
 
@@ -53,6 +58,8 @@ class KVCache:
 
     pool: PagePool
     table: PageTable  # [S, L, Hkv, P] -> page id, -1 = none
+    prefix: PrefixCache  # columns that prompts may share
+    promises: Promises
     held: SlotArray  # [S, L, Hkv] tokens held per row
     computed: NDArray[np.int64]  # [S] logical tokens per sequence
 
@@ -64,47 +71,56 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         states: StateRegistry,
+        moves: Moves = TORCH_MOVES,
     ) -> None:
         self.num_layers, self.num_kv_heads = model.num_layers, model.num_kv_heads
         self.num_slots = size.num_slots
-        self.states = states
+        self.states, self.moves = states, moves
         states.allocate(size.num_pages, size.num_slots, device)
         self.pool = PagePool(size.num_pages, model.head_dim, dtype=dtype, device=device, states=states)
+        self.prefix = PrefixCache(self.pool, self.num_rows)
+        self.pool.make_room = self.prefix.make_room
+        self.promises = Promises(size.num_pages, size.num_slots, self.prefix)
         rows = (size.num_slots, model.num_layers, model.num_kv_heads)
         self.table = PageTable(*rows, pages_for(size.max_length), device)
         self.held = SlotArray(rows, 0, device)
         self.computed = np.zeros(size.num_slots, dtype=np.int64)
         self._is_live = np.zeros(size.num_slots, dtype=bool)
-        self._promised = np.zeros(size.num_slots, dtype=np.int64)  # pages a sequence may come to hold
-        self._pages_held = np.zeros(size.num_slots, dtype=np.int64)
         self._reserved = np.zeros(size.num_slots, dtype=np.int64)  # logical blocks given pages in prefill
         self._origins: list[Origins | None] = [None] * size.num_slots  # set once a sequence is packed
 
+    @property
+    def num_rows(self) -> int:
+        """L * Hkv: rows of a sequence, pages of a column."""
+        return self.num_layers * self.num_kv_heads
+
     # Admission: a promise is a count; pages are taken later.
 
-    def can_admit(self, pages: int) -> bool:
-        """A slot is free, and every promise could be kept beside this one."""
-        return not self._is_live.all() and int(self._promised.sum()) + pages <= self.pool.num_pages
+    def can_admit(self, pages: int, *, slots: int = 1, columns: Columns = NO_COLUMNS) -> bool:
+        """So many slots are free, and every promise could be kept beside `pages`, which include `columns`."""
+        return int((~self._is_live).sum()) >= slots and self.promises.fits(pages, columns)
 
-    def admit(self, pages: int) -> int:
-        """Promise so many pages to a new sequence, and give it a slot with zeroed state."""
-        assert self.can_admit(pages), (
-            f"{pages} pages promised on top of {self._promised.sum()} of {self.pool.num_pages}, "
+    def admit(self, pages: int, *, columns: Columns = NO_COLUMNS) -> int:
+        """Promise so many pages to a new sequence, and give it a slot with zeroed state.
+
+        `columns` are its first blocks, borrowed and pinned: a part of what it is promised.
+        """
+        assert self.can_admit(pages, columns=columns), (
+            f"{pages} pages promised on top of {self.promises.total} of {self.pool.num_pages}, "
             f"{self._is_live.sum()} of {self.num_slots} slots taken"
         )
         slot = int(self._is_live.argmin())
         self._is_live[slot] = True
-        self._promised[slot] = pages
+        self.promises.make(slot, pages)
         self.states.zero_slot(slot)
+        if columns.size:
+            self.borrow(slot, columns)
         return slot
 
     def promise(self, slot: int, pages: int) -> None:
         """Lower what was promised, once a prompt is computed: others may be admitted on the difference."""
         assert self._is_live[slot]
-        assert self._pages_held[slot] <= pages <= self._promised[slot], (
-            f"slot {slot}: {pages} promised, {self._promised[slot]} before, {self._pages_held[slot]} held"
-        )
-        self._promised[slot] = pages
+        self.promises.lower(slot, pages)
 
     def release(self, slot: int) -> None:
         """The sequence is over: pages, promise and slot go back."""
@@ -114,21 +130,133 @@ class KVCache:
         self.table.touch(slot)
         self.held.host[slot] = 0
         self.held.touch(slot)
-        for counter in (self.computed, self._promised, self._pages_held, self._reserved):
-            counter[slot] = 0
+        self.prefix.touch(self.promises.columns(slot))
+        self.promises.end(slot)
+        self.computed[slot] = self._reserved[slot] = 0
         self._origins[slot] = None
         self._is_live[slot] = False
+
+    # Sharing: an equal beginning is computed once, and read by all.
+
+    def borrow(self, slot: int, chain: Columns, *, left: NDArray[np.bool_] | None = None) -> None:
+        """Before a prompt's first chunk: its first blocks are these columns, computed by another.
+
+        The sequence pins them: it counts on them until it ends or is compacted. One whose pages leave as it
+        goes says which of these have left, bool [L, Hkv, n]; what it borrows is a part of what it may hold.
+        May be called again with a longer chain, as long as nothing was computed.
+        """
+        assert self._is_live[slot] and self._origins[slot] is None
+        had = int(self._reserved[slot])
+        assert had * PAGE_SIZE == self.computed[slot], f"slot {slot} has computed tokens of its own"
+        self.prefix.touch(chain)
+        shape = (self.num_layers, self.num_kv_heads, chain.size)
+        pages = self.prefix.pages(chain).T.reshape(shape)
+        if left is not None:
+            pages = np.where(left, np.int32(-1), pages)
+        before = self.table.host[slot, :, :, : chain.size].copy()
+        self.pool.retain(pages[pages != before])
+        self.pool.release(before[pages != before])
+        self.table.host[slot, :, :, : chain.size] = pages
+        self.table.touch(slot)
+        self._reserved[slot] = chain.size
+        self.computed[slot] = chain.size * PAGE_SIZE
+        self.held.host[slot] = (pages >= 0).sum(-1) * PAGE_SIZE
+        self.held.touch(slot)
+        if left is None:
+            self.promises.borrow(slot, chain[had:])
+        else:
+            self.promises.give_back(slot, int((before >= 0).sum()))
+            self.promises.take(slot, int((pages >= 0).sum()))
+
+    def publish(self, slot: int, keys: Sequence[bytes], tokens: NDArray[np.int32], *, pin: bool) -> None:
+        """Let others borrow the first blocks of this sequence. keys of the blocks, tokens of at least them.
+
+        Blocks that another published meanwhile are swapped for its pages, if the sequence pins. Ends where
+        a block has lost a page.
+        """
+        assert self._is_live[slot] and self._origins[slot] is None
+        assert len(keys) * PAGE_SIZE <= self.computed[slot], f"slot {slot}: blocks that are not computed"
+        chain = self.prefix.find(keys, tokens)
+        mine = self.promises.columns(slot)
+        if pin:
+            assert np.array_equal(chain[: mine.size], mine), f"slot {slot}: a pinned column left"
+            self._swap(slot, chain[mine.size :], first=mine.size)
+        count = len(keys) - chain.size
+        pages = self.table.host[slot, :, :, chain.size : len(keys)].reshape(self.num_rows, count).T
+        complete = (pages >= 0).all(1) & ~self.prefix.holds[pages].any(1)
+        count = int(complete.argmin()) if not complete.all() else count
+        if count:
+            last = chain.size + count
+            added = self.prefix.add(
+                int(chain[-1]) if chain.size else NO_PARENT,
+                keys[chain.size : last],
+                tokens[chain.size * PAGE_SIZE : last * PAGE_SIZE],
+                pages[:count],
+            )
+            if pin:
+                self.promises.publish(slot, added)
+            chain = np.concatenate((chain, added))
+        self.prefix.touch(chain)
+
+    def fork(self, slot: int, forks: Sequence[int], *, pin: bool) -> None:
+        """Several answers to one prompt: each of the empty slots `forks` gets all that this slot holds.
+
+        Full pages are shared; of the last page of a row, which will be written, every fork gets a copy.
+        pin: nobody will drop a full page, so that they count once for all.
+        """
+        assert self._is_live[slot] and all(self._is_live[fork] for fork in forks)
+        if self._origins[slot] is None:
+            self.pack(slot)
+        pages, held = self.table.host[slot], self.held.host[slot]
+        place = np.arange(pages.shape[-1])
+        full = np.where(place < (held // PAGE_SIZE)[..., None], pages, -1)
+        partial = np.where(
+            (place == (held // PAGE_SIZE)[..., None]) & (held % PAGE_SIZE > 0)[..., None], pages, -1
+        )
+        layer, head, last = np.nonzero(partial >= 0)
+        if pin:
+            columns = self.promises.columns(slot).size * self.num_rows
+            self.promises.fork(slot, forks, int((full >= 0).sum()) - columns)
+        for fork in forks:
+            assert self.computed[fork] == 0 and self._reserved[fork] == 0, f"slot {fork} is in use"
+            self.promises.take(fork, layer.size + (0 if pin else int((full >= 0).sum())))
+            self.table.host[fork] = full
+            copies = self.pool.allocate(layer.size)
+            self.table.host[fork, layer, head, last] = copies
+            copy_pages(self.pool, self.states, partial[layer, head, last], copies)
+            self.pool.retain(full.ravel())
+            self.table.touch(fork)
+            self.held.host[fork] = held
+            self.held.touch(fork)
+            self.computed[fork], self._reserved[fork] = self.computed[slot], self._reserved[slot]
+            self._origins[fork] = self._origins[slot]
+            self.states.copy_slot(slot, fork)
+
+    def _swap(self, slot: int, columns: Columns, *, first: int) -> None:
+        """The blocks from `first` on were computed twice: read what the other published."""
+        if not columns.size:
+            return
+        shape = (self.num_layers, self.num_kv_heads, columns.size)
+        pages = self.prefix.pages(columns).T.reshape(shape)
+        own = self.table.host[slot, :, :, first : first + columns.size]
+        self.pool.retain(pages.ravel())
+        self.pool.release(own.ravel())
+        own[:] = pages
+        self.table.touch(slot)
+        self.promises.publish(slot, columns)
 
     # Before a forward: pages for what it will write, and where that goes.
 
     def reserve(self, slot: int, length: int) -> None:
         """Prefill: every row gets pages for the positions [0, length) that no earlier chunk reserved."""
-        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
+        assert self._is_live[slot] and self._origins[slot] is None, (
+            f"slot {slot} is free, packed or compacted"
+        )
         first, last = int(self._reserved[slot]), pages_for(length)
         if last <= first:
             return
         shape = (self.num_layers, self.num_kv_heads, last - first)
-        self._take(slot, math.prod(shape))
+        self.promises.take(slot, math.prod(shape))
         self.table.host[slot, :, :, first:last] = self.pool.allocate(math.prod(shape)).reshape(shape)
         self.table.touch(slot)
         self._reserved[slot] = last
@@ -146,7 +274,7 @@ class KVCache:
         owner = index[b]
         wanting = self.table.host[owner, layer, head, place] < 0  # not so if a step was prepared and given up
         owner, layer, head, place = owner[wanting], layer[wanting], head[wanting], place[wanting]
-        self._take(*np.unique(owner, return_counts=True))
+        self.promises.take(*np.unique(owner, return_counts=True))
         self.table.host[owner, layer, head, place] = self.pool.allocate(owner.size)
         self.table.touch(owner)
 
@@ -194,8 +322,7 @@ class KVCache:
 
         A chunk comes as [Hkv, T, D], the tokens of a decode step as [B, Hkv, D].
         """
-        self.pool.k.flatten(0, 1).index_put_((destinations,), k)
-        self.pool.v.flatten(0, 1).index_put_((destinations,), v)
+        self.moves.store(self.pool, k, v, destinations)
 
     def view(self, slot: int, layer: int, num_tokens: int) -> KeyView:
         """Keys and values of positions [0, num_tokens): what is computed, and the chunk of this forward."""
@@ -227,40 +354,59 @@ class KVCache:
         self.held.touch(slots)
 
     def drop(self, slot: int, blocks: Tensor) -> None:
-        """Prefill: whole pages leave. blocks bool [L, Hkv, up to P], True = drop; complete blocks only."""
-        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
+        """Whole pages leave. blocks bool [L, Hkv, up to P] of complete logical blocks, True = drop.
+
+        A prompt keeps the holes until it is packed; rows that are packed close them at once. Compacted rows
+        hold no whole blocks.
+        """
+        origins = self._origins[slot]
+        assert self._is_live[slot] and (origins is None or origins.unit == PAGE_SIZE), (
+            f"slot {slot} is free or compacted"
+        )
         complete = int(self.computed[slot]) // PAGE_SIZE
         wanted = blocks.cpu().numpy()
         assert not wanted[..., complete:].any(), f"slot {slot}: only the first {complete} blocks are complete"
         pages = self.table.host[slot, :, :, : wanted.shape[-1]]
+        if origins is not None:
+            pages = self.table.host[slot]
+            block = np.minimum(origins.blocks(pages.shape[-1]), wanted.shape[-1])
+            wanted = np.take_along_axis(np.pad(wanted, ((0, 0), (0, 0), (0, 1))), block, axis=-1)
         leaving = wanted & (pages >= 0)
+        if not leaving.any():
+            return
+        places = (pages >= 0).sum(-1)  # [L, Hkv] in use, before any page leaves
         self.pool.release(pages[leaving])
         pages[leaving] = -1
         self.table.touch(slot)
         self.held.host[slot] -= leaving.sum(-1, dtype=np.int32) * PAGE_SIZE
         self.held.touch(slot)
-        self._pages_held[slot] -= leaving.sum()
+        self.promises.give_back(slot, int(leaving.sum()))
+        if origins is not None:
+            standing = origins.blocks(int(places.max()) + 1)
+            following = np.take_along_axis(standing, places[..., None], axis=-1).ravel()  # block to come next
+            assert (following == following[0]).all(), f"slot {slot}: rows go on at blocks {following}"
+            self._close_holes(slot, standing[..., :-1], int(following[0]))
 
     def pack(self, slot: int) -> None:
         """Before decode: close the holes that dropped pages left. Moves page ids, no keys or values."""
-        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
-        if not self._holes(slot).any():
-            return  # a logical block is already the place in the row
+        assert self._is_live[slot], f"slot {slot} is free"
+        if self._origins[slot] is not None or not self._holes(slot).any():
+            return  # packed, or a logical block is already the place in the row
         reserved = int(self._reserved[slot])
-        pages = self.table.host[slot, :, :, :reserved]
-        order = np.argsort(pages < 0, axis=-1, kind="stable")  # held first, ascending
-        packed = np.take_along_axis(pages, order, axis=-1)
-        counts = (packed >= 0).sum(-1, dtype=np.int32)
-        ids = np.where(packed >= 0, order, -1)[..., : counts.max()].astype(np.int32)
-        self.table.host[slot, :, :, :reserved] = packed
-        self.table.touch(slot)
-        device = self.table.device.device
-        self._origins[slot] = Origins(
-            ids=torch.from_numpy(ids).to(device),
-            counts=torch.from_numpy(counts).to(device),
-            unit=PAGE_SIZE,
-            start=reserved * PAGE_SIZE,
+        blocks = np.broadcast_to(
+            np.arange(reserved, dtype=np.int32), self.table.host[slot, :, :, :reserved].shape
         )
+        self._close_holes(slot, blocks, reserved)
+
+    def _close_holes(self, slot: int, blocks: NDArray[np.int32], end: int) -> None:
+        """Rows become dense. blocks [L, Hkv, W]: which one stands at each place; the next is block `end`."""
+        pages = self.table.host[slot, :, :, : blocks.shape[-1]]
+        order = np.argsort(pages < 0, axis=-1, kind="stable")  # held first, ascending
+        held = np.take_along_axis(pages, order, axis=-1)
+        pages[:] = held
+        self.table.touch(slot)
+        blocks = np.where(held >= 0, np.take_along_axis(blocks, order, axis=-1), -1)
+        self._origins[slot] = Origins.of_blocks(blocks, end * PAGE_SIZE, self.table.device.device)
 
     def compact(self, slot: int, keep: Tensor) -> None:
         """After prefill: keep only these tokens, packed in order. keep bool [L, Hkv, N], counts may differ.
@@ -268,7 +414,9 @@ class KVCache:
         A row that owns its pages is compacted in place and takes nothing new. Of pages that others read, what
         is kept is copied to pages of the row's own. Tokens of dropped pages stay dropped.
         """
-        assert self._is_live[slot] and self._origins[slot] is None, f"slot {slot} is free or packed"
+        assert self._is_live[slot] and self._origins[slot] is None, (
+            f"slot {slot} is free, packed or compacted"
+        )
         assert keep.shape[-1] == self.computed[slot], (
             f"keep {keep.shape}, {self.computed[slot]} tokens computed"
         )
@@ -284,26 +432,26 @@ class KVCache:
             new, leaving = own_pages(self.pool, self.table.host[slot, layer], kept[layer])
             old = self.table.device[slot, layer]
             pages = torch.from_numpy(new).to(old.device)
-            move_kept(self.pool, keep[layer], counts[layer], old, pages, ids[layer])
+            self.moves.move_kept(self.pool, keep[layer], counts[layer], old, pages, ids[layer])
             self.pool.release(leaving)
             self.table.host[slot, layer] = new
         self.table.touch(slot)
         self.held.host[slot] = kept
         self.held.touch(slot)
-        self._pages_held[slot] = (self.table.host[slot] >= 0).sum()
+        self.promises.own_all(slot, int((self.table.host[slot] >= 0).sum()))
         self._origins[slot] = Origins(ids=ids, counts=counts, unit=1, start=keep.shape[-1])
 
     # What is held.
 
     def usage(self) -> PageUsage:
         """Where the pages are now."""
-        references = self.pool.references
-        private, borrowed = int((references == 1).sum()), int((references > 1).sum())
+        readers = self.pool.references - self.prefix.holds
+        private, borrowed = int((readers == 1).sum()), int((readers > 1).sum())
         return PageUsage(
             free=self.pool.num_free,
             private=private,
             borrowed=borrowed,
-            cached=0,
+            cached=int(((readers == 0) & self.prefix.holds).sum()),
             held_bytes=(private + borrowed) * self.pool.page_bytes,
         )
 
@@ -313,16 +461,17 @@ class KVCache:
 
     def bytes_of(self, slot: int) -> int:
         """Bytes of the pages that this sequence holds."""
-        return int(self._pages_held[slot]) * self.pool.page_bytes
+        return int((self.table.host[slot] >= 0).sum()) * self.pool.page_bytes
 
     def check(self) -> None:
-        """Every page is free, or referred to by the rows that hold it; promises cover what is held."""
+        """Every page is free, or referred to by the rows and the column that hold it; promises hold."""
         self.pool.check()
+        self.prefix.check()
         entries = self.table.host[self.table.host >= 0]
-        found = np.bincount(entries, minlength=self.pool.num_pages)
+        found = np.bincount(entries, minlength=self.pool.num_pages) + self.prefix.holds
         for page in np.flatnonzero(found != self.pool.references):
             raise AssertionError(
-                f"page {page}: {self.pool.references[page]} references, {found[page]} in tables"
+                f"page {page}: {self.pool.references[page]} references, {found[page]} in tables and columns"
             )
         usage = self.usage()
         counted = usage.free + usage.private + usage.borrowed + usage.cached
@@ -331,10 +480,7 @@ class KVCache:
         over = np.argwhere(self.held.host > pages * PAGE_SIZE)
         assert over.size == 0, f"rows {over[:4].tolist()} hold more tokens than their pages have room for"
         held = pages.sum((1, 2))
-        assert np.array_equal(held, self._pages_held), f"pages held {held}, counted {self._pages_held}"
-        assert (held <= self._promised).all(), f"pages held {held}, promised {self._promised}"
-        promised = int(self._promised.sum())
-        assert promised <= self.pool.num_pages, f"{promised} pages promised of {self.pool.num_pages}"
+        self.promises.check(held)
         unpacked = np.array([origins is None for origins in self._origins])
         dropped = self._reserved[:, None, None] - pages  # blocks that were reserved and have no page
         expected = self.computed[:, None, None] - dropped * PAGE_SIZE
@@ -343,17 +489,10 @@ class KVCache:
             f"unpacked rows {wrong[:4].tolist()} hold tokens that their pages do not explain"
         )
         for slot in np.flatnonzero(~self._is_live):
-            left = (held[slot], self.held.host[slot].sum(), self.computed[slot], self._promised[slot])
+            left = (held[slot], self.held.host[slot].sum(), self.computed[slot], self.promises.of(int(slot)))
             assert not any(left) and unpacked[slot], f"free slot {slot} still has {left}"
         self.table.check()
         self.held.check()
-
-    def _take(self, slots: int | NDArray[np.int64], counts: int | NDArray[np.int64]) -> None:
-        """Count pages about to be allocated against the promise of their slots."""
-        self._pages_held[slots] += counts
-        assert (self._pages_held[slots] <= self._promised[slots]).all(), (
-            f"slots {slots}: pages held {self._pages_held[slots]}, promised {self._promised[slots]}"
-        )
 
     def _holes(self, slot: int) -> NDArray[np.bool_]:
         """[L, Hkv]: rows of an unpacked slot that lost pages."""

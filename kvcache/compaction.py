@@ -1,4 +1,4 @@
-"""Compaction of one layer: its rows keep some of their tokens, packed in order in pages of their own."""
+"""Moving keys and values between pages: rows that keep some of their tokens, and copies of whole pages."""
 
 import numpy as np
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from configs.model import PAGE_SIZE
 from kvcache.pool import PagePool
+from kvcache.state import StateRegistry
 
 
 def own_pages(
@@ -44,3 +45,12 @@ def move_kept(pool: PagePool, keep: Tensor, counts: Tensor, old: Tensor, new: Te
     for tokens in (pool.k.flatten(0, 1), pool.v.flatten(0, 1)):
         tokens.index_copy_(0, target, tokens.index_select(0, source))
     ids[head, place] = position.int()
+
+
+def copy_pages(
+    pool: PagePool, states: StateRegistry, source: NDArray[np.int32], target: NDArray[np.int32]
+) -> None:
+    """Keys and values of whole pages, with their page state. source, target [n]; no target is a source."""
+    of, to = (torch.from_numpy(pages).long().to(pool.k.device) for pages in (source, target))
+    for tokens in (pool.k, pool.v, *states.all_pages()):
+        tokens.index_copy_(0, to, tokens.index_select(0, of))

@@ -1,39 +1,27 @@
-"""KeepAll: the cache forgets nothing."""
+"""KeepAll: the cache forgets nothing that the model can still read."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from configs.model import ModelInfo
 from kvcache.pool import pages_for
-from kvcache.state import StateRegistry
-from kvcache.view import KeyView
+from kvcache.reach import FOREVER, Reach
+from kvcache.static_policy import StaticPolicy
 
 
 @dataclass
-class KeepAll:
-    """Keep every token of every head."""
+class KeepAll(StaticPolicy):
+    """Keep every token of every head; behind a sliding window of the model, nobody reads, and pages leave."""
 
-    _num_rows: int = field(init=False, default=0, repr=False)  # L * Hkv, from attach
-
-    @property
-    def query_window(self) -> int:
-        return 0
-
-    def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
-        self._num_rows = model.num_layers * model.num_kv_heads
+    masks = False  # the model's attention does, where it has windows
 
     def prefill_key(self, total_length: int) -> bytes:
         return b""
 
-    def pages_needed(self, prompt: int, total: int, chunk: int) -> int:
-        assert self._num_rows, "attach first"
-        return self._num_rows * pages_for(total)
+    def page_reach(self, total_length: int) -> NDArray[np.int32]:
+        rows = (self.model.num_layers, self.model.num_kv_heads, pages_for(total_length))
+        return np.full(rows, FOREVER, dtype=np.int32)
 
-    def pages_after_prefill(self, prompt: int, total: int) -> int:
-        assert self._num_rows, "attach first"
-        return self._num_rows * pages_for(total)
-
-    def after_prefill(self, layer: int, q_tail: Tensor, keys: KeyView, *, scale: float) -> Tensor | None:
-        return None
+    def _reach(self, total_length: int) -> Reach | None:
+        return super()._reach(total_length) if any(self.model.windows) else None

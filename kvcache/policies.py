@@ -2,13 +2,19 @@
 
 from kvcache.ada_snapkv import AdaSnapKV
 from kvcache.keep_all import KeepAll
+from kvcache.moa import MoA
 from kvcache.policy import KVPolicy
 from kvcache.pyramidkv import PyramidKV
+from kvcache.s2 import S2
 from kvcache.snapkv import SnapKV
+from kvcache.streaming import Streaming
 
 KV_POLICIES: dict[str, type[KVPolicy]] = {
     "keep_all": KeepAll,
     "snapkv": SnapKV,
     "ada-snapkv": AdaSnapKV,
     "pyramidkv": PyramidKV,
+    "streaming": Streaming,
+    "moa": MoA,
+    "s2": S2,
 }

@@ -1,6 +1,7 @@
 """PagePool: the memory of all keys and values, in pages of 64 tokens of one row, and who refers to them."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class PagePool:
     v: Tensor  # [num_pages, PAGE_SIZE, D]
     references: NDArray[np.int32]  # [num_pages]
     page_bytes: int
+    make_room: Callable[[int], None]  # asked for so many pages when too few are free
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class PagePool:
         self.page_bytes = page_bytes(head_dim, dtype, states)
         self._free = np.arange(num_pages, dtype=np.int32)[::-1].copy()  # a stack: [0, num_free) are free
         self._num_free = num_pages
+        self.make_room = lambda count: None
 
     @property
     def num_pages(self) -> int:
@@ -65,6 +68,8 @@ class PagePool:
 
     def allocate(self, count: int) -> NDArray[np.int32]:
         """`count` free pages, each referred to once. Contents are whatever was there."""
+        if count > self._num_free:
+            self.make_room(count - self._num_free)
         if count > self._num_free:
             raise OutOfPages(f"{count} pages wanted, {self._num_free} of {self.num_pages} are free")
         pages = self._free[self._num_free - count : self._num_free][::-1].copy()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from configs.model import ModelInfo
 from kvcache.pool import pages_for
+from kvcache.reach import Reach
 from kvcache.state import StateRegistry
 from kvcache.view import KeyView
 
@@ -20,6 +21,9 @@ class SnapKV:
 
     Its descendants score alike and share the budget out otherwise: they replace `_choose` and what it costs.
     """
+
+    masks = False
+    compacts = True
 
     budget: int = 2048  # tokens kept per KV head, window included
     query_window: int = 32  # last prompt queries: they vote, and their own tokens stay
@@ -43,6 +47,9 @@ class SnapKV:
 
     def prefill_key(self, total_length: int) -> bytes:
         return b""  # it acts when the prompt is computed
+
+    def reach(self, total_length: int) -> Reach | None:
+        return None  # content decides
 
     def pages_needed(self, prompt: int, total: int, chunk: int) -> int:
         return max(self._num_rows * pages_for(prompt), self.pages_after_prefill(prompt, total))

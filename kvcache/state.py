@@ -67,6 +67,15 @@ class StateRegistry:
         """[S, *shape]."""
         return self._slots[name]
 
+    def all_pages(self) -> list[Tensor]:
+        """What every page carries beside keys and values: [num_pages, ...] each."""
+        return list(self._pages.values())
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """A fork goes on from where its original is."""
+        for state in self._slots.values():
+            state[target] = state[source]
+
     def zero_slot(self, slot: int) -> None:
         """A new sequence inherits nothing."""
         for state in self._slots.values():

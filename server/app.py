@@ -1,9 +1,11 @@
 """The HTTP application: which URL does what. Nothing is computed here, and nothing but JSON is read."""
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,37 +15,63 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from configs.schema import ServerConfig
 from engine.client import Engine
-from engine.errors import EngineDead, NotFound
+from engine.errors import EngineDead
 from server import errors
-from server.completion import Piece, answer
+from server.auth import Keys
+from server.chat_reply import ChatReply
+from server.completion import answer
 from server.disconnect import unless_disconnected
+from server.gate import Gate
+from server.limits import Limits, Visit
 from server.metrics import Metrics
-from server.prepare import Job, prepare_chat, prepare_completion
-from server.protocol import SHOWN, parse_chat, parse_completion
+from server.prepare import Job, expect_model, prepare_chat, prepare_completion, salted
 from server.protocol import Request as CheckedRequest
-from server.responses import Reply, Usage
+from server.protocol import parse_chat, parse_completion
+from server.responses import Head, Reply
+from server.responses_reply import ResponsesReply
+from server.responses_request import own_words, parse_responses
 from server.streaming import DONE, EventStream, event
+from server.structured import StructuredOutputs
+from server.text_reply import TextReply
 from server.tokenizer import Tokenizer
+from server.tokens import Tokens
 from server.version import farspan_version
 
+Endpoint = Callable[..., Awaitable[Response]]
 
-def build_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig, metrics: Metrics) -> FastAPI:
+
+def build_app(
+    engine: Engine, tokenizer: Tokenizer, config: ServerConfig, metrics: Metrics, keys: Keys | None = None
+) -> Gate:
     """The application over one engine. `metrics` knows the name that clients use for the model."""
     # Interactive docs would load scripts from elsewhere; a slash too many is a wrong URL.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    api = _Api(engine, tokenizer, config, metrics)
+    limits = Limits(config)
+    api = _Api(engine, tokenizer, config, metrics, StructuredOutputs(tokenizer.grammars), limits)
     errors.install(app)
-    for path, endpoint in {"/v1/chat/completions": api.chat, "/v1/completions": api.completion}.items():
-        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    for path, look in {
+    texts = Tokens(engine, tokenizer, metrics.model_name, api.body)
+    posts: dict[str, Endpoint] = {
+        "/v1/chat/completions": api.chat,
+        "/v1/completions": api.completion,
+        "/v1/responses": api.responses,
+        "/tokenize": texts.tokenize,
+        "/detokenize": texts.detokenize,
+    }
+    gets: dict[str, Endpoint] = {
         "/v1/models": api.models,
+        "/v1/models/{name:path}": api.model,
+        "/v1/plans": api.plans,
+        "/version": api.version,
+        "/tokenizer_info": texts.info,
         "/health": api.ready,
         "/readyz": api.ready,
         "/livez": api.live,
         "/metrics": api.exposition,
-    }.items():
-        app.add_api_route(path, look, methods=["GET"], response_model=None)
-    return app
+    }
+    for method, endpoints in {"POST": posts, "GET": gets}.items():
+        for path, endpoint in endpoints.items():
+            app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    return Gate(app, keys or Keys(), limits)
 
 
 @dataclass(frozen=True)
@@ -54,27 +82,67 @@ class _Api:
     tokenizer: Tokenizer
     config: ServerConfig
     metrics: Metrics
+    outputs: StructuredOutputs
+    limits: Limits
     started: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        checked = parse_chat(await self._body(request))
+        checked = parse_chat(await self.body(request))
         self._expect(checked)
-        job = await prepare_chat(checked, self.engine.card, self.tokenizer)
-        return await self._answer(request, checked, job)
+        job = await prepare_chat(checked, self.engine.card, self.tokenizer, self.outputs)
+        return await self._answer(
+            request, checked, job, ChatReply(self._head(job), job, checked, self.tokenizer)
+        )
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions"""
-        checked = parse_completion(await self._body(request))
+        checked = parse_completion(await self.body(request))
         self._expect(checked)
-        job = await prepare_completion(checked, self.engine.card, self.tokenizer)
-        return await self._answer(request, checked, job)
+        job = await prepare_completion(checked, self.engine.card, self.tokenizer, self.outputs)
+        return await self._answer(
+            request, checked, job, TextReply(self._head(job), job, checked, self.tokenizer)
+        )
+
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        asked = parse_responses(await self.body(request))
+        with own_words():
+            checked = asked.as_chat()
+            self._expect(checked)
+            job = await prepare_chat(checked, self.engine.card, self.tokenizer, self.outputs)
+        reply = ResponsesReply(self._head(job), job, asked, checked, self.tokenizer)
+        return await self._answer(request, checked, job, reply)
 
     async def models(self) -> Response:
         """GET /v1/models: the one model, with what it takes and under which plans."""
+        return JSONResponse({"object": "list", "data": [self._model_json()]})
+
+    async def model(self, name: str) -> Response:
+        """GET /v1/models/{name}"""
+        self._expect_model(name)
+        return JSONResponse(self._model_json())
+
+    async def plans(self) -> Response:
+        """GET /v1/plans: what each loaded plan does in each layer. The first is the default."""
+        data = [
+            {"id": plan.name, "object": "plan", **msgspec.to_builtins(plan)}
+            for plan in self.engine.card.plans
+        ]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def version(self) -> Response:
+        """GET /version"""
+        return JSONResponse({"version": farspan_version()})
+
+    def _model_json(self) -> dict[str, Any]:
         card = self.engine.card
-        plans = [msgspec.to_builtins(plan) | {"default": plan is card.plans[0]} for plan in card.plans]
-        model = {
+        names = ("name", "digest", "prefill", "policy", "decode", "budget")
+        plans = [
+            {name: getattr(plan, name) for name in names} | {"default": plan is card.plans[0]}
+            for plan in card.plans
+        ]
+        return {
             "id": self.metrics.model_name,
             "object": "model",
             "created": self.started,
@@ -84,7 +152,6 @@ class _Api:
             "max_model_len": card.max_model_len,
             "plans": plans,
         }
-        return JSONResponse({"object": "list", "data": [model]})
 
     async def live(self) -> Response:
         """GET /livez: the serving process runs."""
@@ -99,17 +166,19 @@ class _Api:
         """GET /metrics"""
         return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    async def _answer(self, request: Request, checked: CheckedRequest, job: Job) -> Response:
-        reply = self._reply(job)
-        pieces = answer(job, self.engine, self.tokenizer, self.metrics)
+    async def _answer(self, request: Request, checked: CheckedRequest, job: Job, reply: Reply) -> Response:
+        visit: Visit = request.state.visit
+        job = salted(job, checked, visit.key)
+        self.limits.queue(visit, job.submit.prompt_length, self.engine.card.max_model_len)
+        begun = partial(self.limits.answered, visit)
+        pieces = answer(job, self.engine, self.tokenizer, self.metrics, begun)
         if checked.stream:
-            events = _events(pieces, reply, job, include_usage=checked.include_usage)
+            events = _events(reply.chunks(pieces), typed=isinstance(reply, ResponsesReply))
             return EventStream(events, self.config.sse_keep_alive_interval)
-        return JSONResponse(await unless_disconnected(request.receive, _whole(pieces, reply, job)))
+        return await unless_disconnected(request.receive, _whole(reply.whole(pieces)))
 
-    def _reply(self, job: Job) -> Reply:
-        return Reply(
-            kind="chat" if job.submit.request_id.startswith("chatcmpl-") else "text",
+    def _head(self, job: Job) -> Head:
+        return Head(
             request_id=job.submit.request_id,
             created=int(time.time()),
             model=self.metrics.model_name,
@@ -117,17 +186,17 @@ class _Api:
         )
 
     def _expect(self, checked: CheckedRequest) -> None:
-        if checked.model != self.metrics.model_name:
-            known = self.metrics.model_name
-            words = f"The model {checked.model[:SHOWN]!r} does not exist; this server has {known!r}."
-            raise NotFound(words, param="model")
+        self._expect_model(checked.model)
         self._expect_engine()
+
+    def _expect_model(self, name: str) -> None:
+        expect_model(name, self.metrics.model_name)
 
     def _expect_engine(self) -> None:
         if not self.engine.is_ready:
             raise EngineDead(self.engine.death or "The model is still loading.")
 
-    async def _body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> bytes:
         """The body of a JSON request, within the limit."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -145,39 +214,23 @@ class _Api:
         return bytes(body)
 
 
-async def _whole(pieces: AsyncGenerator[Piece, None], reply: Reply, job: Job) -> dict[str, Any]:
-    """The reply to a request that does not stream."""
-    text = []
-    async with aclosing(pieces):
-        async for piece in pieces:
-            text.append(piece.text)
-    assert piece.finish_reason is not None
-    return reply.whole("".join(text), piece.finish_reason.value, _usage(job, piece), piece.cost)
+async def _whole(content: Awaitable[dict[str, Any]]) -> Response:
+    """The reply to a request that does not stream. With a prompt's logprobs it may be many megabytes."""
+    body = await asyncio.to_thread(msgspec.json.encode, await content)
+    return Response(body, media_type="application/json")
 
 
 async def _events(
-    pieces: AsyncGenerator[Piece, None], reply: Reply, job: Job, *, include_usage: bool
+    chunks: AsyncGenerator[dict[str, Any], None], *, typed: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a streamed reply. The status is sent by now, so an error is an event, too."""
-    no_usage = {"usage": None} if include_usage else {}
-    opening = reply.first_chunk()
+    """The events of a streamed reply. The status is sent by now, so an error is an event, too. Streams of
+    events with types know their own end; others need [DONE]."""
     try:
-        async with aclosing(pieces):
-            async for piece in pieces:
-                if opening is not None:
-                    yield event(opening | no_usage)
-                    opening = None
-                if piece.text:
-                    yield event(reply.text_chunk(piece.text) | no_usage)
-                if piece.finish_reason is not None:
-                    yield event(reply.last_chunk(piece.finish_reason.value, piece.cost) | no_usage)
-                    if include_usage:
-                        yield event(reply.usage_chunk(_usage(job, piece)))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield event(chunk)
     except Exception as error:  # whatever it is, the stream must end as a stream
-        yield event(errors.in_stream(error))
-    yield DONE
-
-
-def _usage(job: Job, piece: Piece) -> Usage:
-    cached = piece.cost.cached_tokens if piece.cost is not None else 0
-    return Usage(job.submit.prompt_length, piece.num_tokens, cached)
+        failure = errors.in_stream(error)
+        yield event({**failure["error"], **failure, "type": "error"} if typed else failure)
+    if not typed:
+        yield DONE

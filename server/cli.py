@@ -59,6 +59,13 @@ def serve(
             help="Tokens of prompt plus answer: auto, 8192, 8k (8,000) or 8K (8,192).", rich_help_panel=_MODEL
         ),
     ] = None,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="A longer context than the model was made for: linear:F or yarn:F, F times as long.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(help="CPU threads of the engine.", show_default="all cores", rich_help_panel=_MODEL),
@@ -74,6 +81,14 @@ def serve(
     gpu_memory_utilization: Annotated[
         float | None,
         typer.Option(help="Share of GPU memory to use, weights included.", rich_help_panel=_CACHE),
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compute an equal beginning of several prompts once.",
+            show_default="on",
+            rich_help_panel=_CACHE,
+        ),
     ] = None,
     max_num_batched_tokens: Annotated[
         str | None, typer.Option(help="Most tokens of one forward.", rich_help_panel=_STEPS)
@@ -104,6 +119,41 @@ def serve(
             help="The name that clients use.", show_default="the model's own", rich_help_panel=_HTTP
         ),
     ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key that clients need; repeat it for several. Others can read it in the list of processes:"
+            " --api-key-file and the environment's FARSPAN_API_KEY hide it.",
+            show_default="none",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys, one a line.", rich_help_panel=_HTTP)
+    ] = None,
+    max_open_requests: Annotated[
+        int | None, typer.Option(help="Requests open at once; more get 503.", rich_help_panel=_HTTP)
+    ] = None,
+    max_queued_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt tokens that may wait for an answer to begin; more get 503.", rich_help_panel=_HTTP
+        ),
+    ] = None,
+    max_requests_per_key: Annotated[
+        int | None,
+        typer.Option(help="Requests that one key may have open; more get 429.", rich_help_panel=_HTTP),
+    ] = None,
+    shutdown_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that open requests have to end after SIGTERM.", rich_help_panel=_HTTP),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="Certificate chain (PEM) for HTTPS.", rich_help_panel=_HTTP)
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="Its private key (PEM).", rich_help_panel=_HTTP)
+    ] = None,
     sse_keep_alive_interval: Annotated[
         float | None, typer.Option(help="Seconds between comments on a silent stream.", rich_help_panel=_HTTP)
     ] = None,
@@ -127,9 +177,11 @@ def serve(
         "engine.dtype": dtype,
         "engine.device": device,
         "engine.max_model_len": max_model_len,
+        "engine.rope_scaling": rope_scaling,
         "engine.threads": threads,
         "cache.kv_cache_memory_bytes": kv_cache_memory_bytes,
         "cache.gpu_memory_utilization": gpu_memory_utilization,
+        "cache.enable_prefix_caching": enable_prefix_caching,
         "scheduler.max_num_batched_tokens": max_num_batched_tokens,
         "scheduler.max_num_seqs": max_num_seqs,
         "scheduler.step_seconds": step_seconds,
@@ -138,6 +190,14 @@ def serve(
         "server.port": port,
         "server.served_model_name": served_model_name,
         "server.sse_keep_alive_interval": sse_keep_alive_interval,
+        "server.api_keys": api_key or None,
+        "server.api_key_file": api_key_file,
+        "server.max_open_requests": max_open_requests,
+        "server.max_queued_tokens": max_queued_tokens,
+        "server.max_requests_per_key": max_requests_per_key,
+        "server.shutdown_timeout": shutdown_timeout,
+        "server.ssl_certfile": ssl_certfile,
+        "server.ssl_keyfile": ssl_keyfile,
     }
     try:
         settings = load_config(config, flags)
@@ -177,6 +237,32 @@ def check(
         _show(resolve_plan(written, info), info)
     except ConfigError as error:
         _fail(str(error), EXIT_REFUSED)
+
+
+@plan_app.command()
+def matrix(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As it stands in docs/plans.md.")] = False,
+) -> None:
+    """Say which methods and policies go together, and what becomes of chunks and the prefix cache."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine.combinations import LEGEND, as_markdown, decode_by_policy, prefill_by_policy
+
+    if markdown:
+        print(as_markdown(), end="")
+        return
+    console = Console(highlight=False)
+    for found in (prefill_by_policy(), decode_by_policy()):
+        table = Table(box=None, padding=(0, 1, 1, 0))
+        for heading in found.headings:
+            table.add_column(heading, min_width=len(heading))
+        table.columns[0].no_wrap = True
+        for row in found.rows:
+            table.add_row(*row)
+        console.print(table)
+    for word, says in LEGEND.items():
+        console.print(f"[bold]{word}[/bold]: {says}")
 
 
 @app.command()

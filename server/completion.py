@@ -1,12 +1,15 @@
 """One answer, from the engine's tokens to pieces of text: detokenised, cut at stop strings, ended once."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.client import Engine
 from engine.errors import ServeError, StepFailed
-from engine.messages import Cost, FinishReason, TokenOutput
+from engine.messages import Cost, FinishReason, Logprobs, TokenOutput
+from server.errors import TimedOut
 from server.metrics import Metrics
 from server.prepare import Job
 from server.stopping import StopStrings
@@ -15,28 +18,48 @@ from server.tokenizer import Detokenizer, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of an answer. The last piece carries why it ended."""
+    """New text of an answer, and the tokens it came with. The last piece carries why the answer ended."""
 
     text: str
     num_tokens: int  # of the answer so far
     finish_reason: FinishReason | None = None  # STOP or LENGTH
     cost: Cost | None = None  # known from the first piece on
+    tokens: tuple[int, ...] = ()  # end tokens and those behind a stop string's cut included
+    logprobs: tuple[Logprobs, ...] = ()  # one per token, where asked for
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # of the prompt from its second token on, in the first piece
 
 
 async def answer(
-    job: Job, engine: Engine, tokenizer: Tokenizer, metrics: Metrics
+    job: Job,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    on_first: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Piece, None]:
-    """Pieces of one answer. Closing the generator aborts the request. Raises as `Engine.generate`."""
+    """Pieces of one answer; `on_first` is called when the engine has begun it.
+    Closing the generator aborts the request. Raises as `Engine.generate`, or
+    TimedOut."""
     meter = metrics.open(job)
-    text = _AnswerText(tokenizer.detokenizer(job.submit.tokens), StopStrings(job.stop))
+    stops = StopStrings(job.stop)
+    text = _AnswerText(tokenizer.detokenizer(job.submit.tokens), stops, job.submit.sampling.min_tokens)
     ended = FinishReason.ABORT  # unless something else happens first
     try:
         outputs = engine.generate(job.submit)
         assert isinstance(outputs, AsyncGenerator), "closing it is how a request is aborted"
         async with aclosing(outputs):
-            async for output in outputs:
+            while (output := await _next(outputs, job)) is not None:
+                on_first()
                 meter.tokens(len(output.tokens), output.cost)
                 piece = text.take(output)
+                if job.echo_only:
+                    piece = replace(
+                        piece,
+                        text="",
+                        num_tokens=0,
+                        tokens=(),
+                        logprobs=(),
+                        finish_reason=FinishReason.LENGTH,
+                    )
                 if piece.finish_reason is not None:
                     ended = piece.finish_reason
                     break
@@ -51,12 +74,25 @@ async def answer(
         meter.close(ended)
 
 
+async def _next(outputs: AsyncGenerator[TokenOutput, None], job: Job) -> TokenOutput | None:
+    """The next output, None behind the last; TimedOut when the request has taken too long."""
+    if job.deadline is None:
+        return await anext(outputs, None)
+    try:
+        async with asyncio.timeout(max(0.0, job.deadline - time.monotonic())):
+            return await anext(outputs, None)
+    except TimeoutError as error:
+        words = f"The request did not end within its 'timeout' of {job.timeout} seconds."
+        raise TimedOut(words, param="timeout") from error
+
+
 class _AnswerText:
     """The text of one answer so far."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopStrings) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings, min_tokens: int) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
+        self._min_tokens = min_tokens  # before so many, stop strings are text like any other
         self._num_tokens = 0
         self._cost: Cost | None = None
 
@@ -68,18 +104,30 @@ class _AnswerText:
         # The token that made the engine stop is counted, but no part of the text.
         spoken = output.tokens[:-1] if output.finish_reason is FinishReason.STOP else output.tokens
         text = ""
-        for token in spoken:
+        for count, token in enumerate(spoken, start=1):
             self._num_tokens += 1
-            text += self._stops.feed(self._detokenizer.feed(token))
+            new = self._detokenizer.feed(token)
+            text += new if self._num_tokens <= self._min_tokens else self._stops.feed(new)
             if self._stops.found:
-                return self._piece(text, FinishReason.STOP)
+                return self._piece(output, count, text, FinishReason.STOP)
         self._num_tokens += len(output.tokens) - len(spoken)
         if output.finish_reason is None:
-            return self._piece(text, None)
+            return self._piece(output, len(spoken), text, None)
         text += self._stops.feed(self._detokenizer.flush())
         if self._stops.found:
-            return self._piece(text, FinishReason.STOP)
-        return self._piece(text + self._stops.flush(), output.finish_reason)
+            return self._piece(output, len(output.tokens), text, FinishReason.STOP)
+        return self._piece(output, len(output.tokens), text + self._stops.flush(), output.finish_reason)
 
-    def _piece(self, text: str, finish_reason: FinishReason | None) -> Piece:
-        return Piece(text, self._num_tokens, finish_reason, self._cost)
+    def _piece(
+        self, output: TokenOutput, num_tokens: int, text: str, finish_reason: FinishReason | None
+    ) -> Piece:
+        """A piece with the first `num_tokens` tokens of this output."""
+        return Piece(
+            text,
+            self._num_tokens,
+            finish_reason,
+            self._cost,
+            tokens=output.tokens[:num_tokens],
+            logprobs=output.logprobs[:num_tokens],
+            prompt_logprobs=output.prompt_logprobs,
+        )

@@ -27,12 +27,40 @@ class WrongContentType(BadRequest):
     code = "unsupported_media_type"
 
 
+class HeadTooLarge(BadRequest):
+    """More headers, or longer ones, than any client of ours sends."""
+
+    code = "headers_too_large"
+
+
+class Unauthorized(ServeError):
+    """No API key, or a wrong one."""
+
+    code = "invalid_api_key"
+
+
+class QuotaExceeded(ServeError):
+    """The caller's key has all that it may have; others may still be served."""
+
+    code = "rate_limit_exceeded"
+
+
+class TimedOut(ServeError):
+    """The request took longer than its own limit."""
+
+    code = "timeout"
+
+
 # The first class that fits decides.
 _STATUS: dict[type[ServeError], int] = {
     BodyTooLarge: 413,
     WrongContentType: 415,
+    HeadTooLarge: 431,
     BadRequest: 400,
     NotFound: 404,
+    TimedOut: 408,
+    Unauthorized: 401,
+    QuotaExceeded: 429,
     Overloaded: 503,
     StepFailed: 500,
     EngineDead: 503,
@@ -62,6 +90,8 @@ def envelope(error: Exception) -> dict[str, Any]:
         case _:  # a mistake of ours: its words may hold paths, so they go to the log only
             message, code = "The server had an error while processing your request.", "internal_error"
     kind = "invalid_request_error" if _status(error) < 500 else "server_error"
+    if isinstance(error, QuotaExceeded):
+        kind = "rate_limit_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -78,16 +108,23 @@ def _status(error: Exception) -> int:
     return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
+def reply(error: Exception) -> JSONResponse:
+    """The reply to a request that failed before anything of it was sent."""
     status = _status(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    if status == 503:
+    if status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     elif isinstance(error, ServeError):
         headers["x-should-retry"] = "false"  # the same request would fail the same way
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
         headers["connection"] = "close"  # the rest of the body is still on its way
     return JSONResponse(envelope(error), status, headers)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    return reply(error)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

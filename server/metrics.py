@@ -166,6 +166,8 @@ class _EngineState(Collector):
         yield self._gauge("kv_cache_bytes", "Bytes of the pages that sequences hold.", stats.kv_bytes)
         yield self._counter("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
+        yield self._counter("prefix_cache_hits", "Prompt tokens not computed again.", stats.prefix_hits)
         pages = GaugeMetricFamily("farspan:kv_pages", "Pages by state.", labels=["model_name", "state"])
         for state in ("free", "cached", "borrowed", "private"):
             pages.add_metric([self._model_name, state], getattr(stats, f"pages_{state}"))

@@ -10,18 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from configs.errors import ConfigError
-from configs.schema import EngineConfig, ServeConfig
+from configs.schema import EngineConfig, ServeConfig, ServerConfig
 from engine.client import EngineClient
 from engine.errors import EngineDead
 from engine.messages import ModelCard
 from server.app import build_app
+from server.auth import Keys
+from server.http import BoundedHeads
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
 
-GRACE_SECONDS = 5  # for open requests to end after SIGTERM; then their connections are closed
 BACKLOG = 2048  # connections that wait to be accepted
 
 
@@ -44,13 +45,14 @@ def serve(config: ServeConfig) -> None:
 
 async def _serve(config: ServeConfig, listener: socket.socket) -> None:
     interruption = _Interruption()
+    keys = Keys.of(config.server)
     folder = await _prepare_model(config.engine)
     tokenizer = _load_tokenizer(folder)
     client = EngineClient(config, on_step=lambda outputs: metrics.on_step(outputs))
     try:
         card = await client.start()
         metrics = Metrics(config.server.served_model_name or card.name, client)
-        server = _http_server(build_app(client, tokenizer, config.server, metrics))
+        server = http_server(build_app(client, tokenizer, config.server, metrics, keys), config.server)
         interruption.stop_gracefully(server)
         announcing = asyncio.create_task(_announce(client, server, metrics.model_name, listener))
         await server.serve(sockets=[listener])
@@ -70,20 +72,24 @@ async def _announce(client: EngineClient, server: uvicorn.Server, name: str, lis
     except (EngineDead, ConfigError):
         server.should_exit = True
         raise
-    print(_ready_line(name, client.card, listener), flush=True)
+    print(_ready_line(name, client.card, listener, secure=server.config.is_ssl), flush=True)
 
 
-def _http_server(app: FastAPI) -> uvicorn.Server:
+def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
+    """The server of an application; it runs until `should_exit` is set."""
     return _HttpServer(
         uvicorn.Config(
             app,
+            http=BoundedHeads,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
             log_config=None,
             access_log=False,
             lifespan="off",
             ws="none",
             server_header=False,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
         )
     )
 
@@ -154,12 +160,13 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
         raise StartFailed(f"the tokenizer of {folder.name} cannot be loaded: {error}", 2) from error
 
 
-def _ready_line(model_name: str, card: ModelCard, listener: socket.socket) -> str:
+def _ready_line(model_name: str, card: ModelCard, listener: socket.socket, *, secure: bool) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     default, *others = (plan.name for plan in card.plans)
     words = f" (others: {', '.join(others)})" if others else ""
+    scheme = "https" if secure else "http"
     return (
-        f"farspan ready: http://{host}:{port}/v1  model={model_name} plan={default}{words}"
+        f"farspan ready: {scheme}://{host}:{port}/v1  model={model_name} plan={default}{words}"
         f" context={card.max_model_len} pages={card.num_pages}×{card.page_bytes}B {card.dtype}/{card.device}"
     )

@@ -16,8 +16,9 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(content: dict[str, Any]) -> bytes:
-    """One event with JSON in it."""
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    """One event with JSON in it; where that says its type, the event has it as a name."""
+    name = f"event: {content['type']}\n".encode() if "type" in content else b""
+    return name + b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 class EventStream(Response):

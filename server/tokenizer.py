@@ -1,10 +1,11 @@
 """Tokenizer: text to token ids and chats to text, from a model's own files, without torch."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import jinja2.ext
@@ -13,9 +14,10 @@ import jinja2.parser
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from configs.grammars import Grammars
 from engine.errors import BadRequest
 
-Message = dict[str, str]  # role, content, and name where the client gave one
+Message = dict[str, Any]  # role, content, and what else the client gave
 
 
 class Tokenizer:
@@ -28,9 +30,20 @@ class Tokenizer:
         self.longest_token = max(
             map(len, self._tokens.get_vocab(with_added_tokens=True)), default=1
         )  # characters
+        self._special = {
+            token_id: token.content for token_id, token in self._tokens.get_added_tokens_decoder().items()
+        }
+        self._is_byte_level = '"ByteLevel"' in json.dumps(
+            _read_json(folder / "tokenizer.json").get("decoder")
+        )
         config = _read_json(folder / "tokenizer_config.json")
         self._special_tokens = _special_tokens(config | _read_json(folder / "special_tokens_map.json"))
-        source = _chat_template(folder, config)
+        self.grammars = Grammars.if_possible(folder / "tokenizer.json")
+        self.template_source = source = _chat_template(folder, config)
+        # How this model calls tools and marks its reasoning, if it was taught to, shows in its template.
+        self.tool_format = _tool_format(source or "")
+        self.marks_reasoning = "</think>" in (source or "")
+        self.kind = str(config.get("tokenizer_class") or type(self._tokens.model).__name__)
         self._template = None if source is None else _compile(source)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -39,8 +52,43 @@ class Tokenizer:
         (encoding,) = self._tokens.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The text of a chat, up to where the assistant's answer starts."""
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and the like, as text."""
+        return dict(self._special_tokens)
+
+    def token_string(self, token: int) -> str:
+        """A token as the vocabulary writes it."""
+        return str(self._tokens.id_to_token(token) or "")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of these tokens, special ones included."""
+        text: str = self._tokens.decode(list(tokens), skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, which may be part of a character; empty for an id without a token."""
+        if token in self._special:
+            return self._special[token].encode()
+        piece = self._tokens.id_to_token(token) or ""
+        if self._is_byte_level:
+            return bytes(_BYTE_OF_LETTER[letter] for letter in piece if letter in _BYTE_OF_LETTER)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece's tokens for single bytes
+            return bytes([int(piece[3:5], 16)])
+        text: str = piece.replace("\u2581", " ")
+        return text.encode()
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        extra: Mapping[str, Any] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The text of a chat: up to where the assistant's answer starts, or to the end of the final message.
+        `extra` are names that this template knows."""
         if self._template is None:
             raise BadRequest(
                 "This model has no chat template; use /v1/completions.",
@@ -48,17 +96,19 @@ class Tokenizer:
                 code="no_chat_template",
             )
         try:
-            return self._template.render(
+            text = self._template.render(
+                **(extra or {}),
                 messages=list(messages),
-                tools=None,
+                tools=list(tools) if tools else None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             # Templates complain about roles and their order this way: words for the caller.
             words = f"The model's chat template refuses these messages: {str(error)[:200]}"
             raise BadRequest(words, param="messages") from error
+        return _up_to_the_end_of(messages[-1]["content"], text) if continue_final_message else text
 
     def detokenizer(self, prompt: Sequence[int]) -> "Detokenizer":
         """For the answer to this prompt."""
@@ -136,6 +186,36 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def _tool_format(template: str) -> Literal["hermes", "llama3"] | None:
+    if "tools" not in template:
+        return None
+    if "<tool_call>" in template:
+        return "hermes"
+    return "llama3" if "<|python_tag|>" in template or "ipython" in template else None
+
+
+def _up_to_the_end_of(content: str, text: str) -> str:
+    """What a template wrote, without what it closed the final message with."""
+    content = content.strip()  # as many templates do
+    start = text.rfind(content)
+    if start < 0:
+        raise BadRequest(
+            "The model's chat template changes the final message, so it cannot be continued.",
+            param="continue_final_message",
+        )
+    return text[: start + len(content)]
+
+
+def _letters() -> dict[str, int]:
+    """GPT-2's letter for each byte: printable ones stand for themselves, the rest for 256 and above."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters()
 
 
 def _raise_exception(message: str) -> None:

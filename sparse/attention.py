@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
 from sparse.base import Chunk, KeyView
 from sparse.selection import ALL, BlockLists, Selection
@@ -19,40 +20,61 @@ class Attended:
     """What attention gives for the rows of a chunk. A row that reads nothing has out 0 and lse -inf."""
 
     out: Tensor  # [Hq, Tq, D] in the dtype of q
-    lse: Tensor  # [Hq, Tq] float32, natural log of the sum of exp(scale * q.k)
+    lse: Tensor  # [Hq, Tq] float32, natural log of the sum of exp(logit), the sink's included
 
 
-def attend(q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scale: float) -> Attended:
+def attend(
+    q: Tensor,
+    keys: KeyView,
+    chunk: Chunk,
+    selection: Selection,
+    *,
+    scale: float,
+    features: Features = NO_FEATURES,
+) -> Attended:
     """Attention of a chunk over the keys that a selection names. q [Hq, Tq, D] after RoPE, any strides.
 
-    Dropped pages are absent: never read, whoever selects them.
+    Dropped pages are absent: never read, whoever selects them. Exact rows are taken as they are. Gathered
+    units and a window exclude each other: units are read without looking at where they lie.
     """
+    assert features.window is None or selection.gathered is None, "gathered units on a layer with a window"
     assert q.shape[1] == chunk.length and keys.num_tokens >= chunk.start + chunk.length, (q.shape, chunk)
     if selection.is_dense:
-        return attend_dense(q, chunk.start, keys, scale=scale)
+        return attend_dense(q, chunk.start, keys, scale=scale, features=features)
     exact = selection.exact
     num_listed = chunk.length - (0 if exact is None else exact.lse.shape[1])  # the exact rows need no work
-    listed = _attend_lists(q[:, :num_listed], chunk.start, keys, selection, scale)
+    listed = _attend_lists(q[:, :num_listed], chunk.start, keys, selection, scale, features)
     if exact is None:
         return listed
     out = torch.cat([listed.out, exact.out.to(q.dtype)], dim=1)
     return Attended(out, torch.cat([listed.lse, exact.lse], dim=1))
 
 
-def attend_dense(q: Tensor, start: int, keys: KeyView, *, scale: float) -> Attended:
-    """Attention of the rows at positions [start, start + T) over every causal key held. q [Hq, T, D]."""
+def attend_dense(
+    q: Tensor, start: int, keys: KeyView, *, scale: float, features: Features = NO_FEATURES
+) -> Attended:
+    """Attention of the rows at positions [start, start + T) over every causal key held, within the window if
+    there is one. q [Hq, T, D]."""
     k, v = (x[:, : start + q.shape[1]].to(q.dtype) for x in keys.contiguous())  # [Hkv, N, D]
     grouped = q.view(k.shape[0], -1, *q.shape[1:])  # [Hkv, G, T, D]
     held = held_tokens(keys, start + q.shape[1])
-    if q.device.type != "cpu" or held is not None:
-        out, lse = _dense_by_rows(grouped, k, v, start, held, scale)
+    if q.device.type != "cpu" or held is not None or features.window or features.softcap:
+        out, lse = _dense_by_rows(grouped, k, v, start, held, scale, features)
     else:
         # The chunk's own keys are causal from its first row on; the past needs no mask at all.
         out, lse = _flash(grouped, k[:, start:], v[:, start:], scale, is_causal=True)
         if start:
             past = _flash(grouped, k[:, :start], v[:, :start], scale, is_causal=False)
             out, lse = _merge(past, (out, lse))
-    return Attended(out.flatten(0, 1).to(q.dtype), lse.flatten(0, 1).float())
+    return _with_sinks(out.flatten(0, 1), lse.flatten(0, 1), features.sinks, q.dtype)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Attended:
+    """out [Hq, T, D] and lse [Hq, T] once a sink has taken its share of each row. sinks [Hq]."""
+    if sinks is not None:
+        whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        out, lse = out * (lse - whole).exp()[..., None], whole
+    return Attended(out.to(dtype), lse.float())
 
 
 def held_tokens(keys: KeyView, num_tokens: int) -> Tensor | None:
@@ -66,17 +88,19 @@ def held_tokens(keys: KeyView, num_tokens: int) -> Tensor | None:
     return held.repeat_interleave(PAGE_SIZE, dim=1)[:, :num_tokens]
 
 
-def _attend_lists(q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float) -> Attended:
+def _attend_lists(
+    q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float, features: Features
+) -> Attended:
     """The rows q [Hq, T, D] from position `start`: the page that each lies in, and the listed keys before."""
     if q.shape[1] == 0:
         return Attended(torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32))
-    own = _attend_own_pages(q, start, keys, selection, scale)
-    out, lse = _merge(own, _attend_past(q, start, keys, selection, scale))
-    return Attended(out.to(q.dtype), lse.float())
+    own = _attend_own_pages(q, start, keys, selection, scale, features)
+    out, lse = _merge(own, _attend_past(q, start, keys, selection, scale, features))
+    return _with_sinks(out, lse, features.sinks, q.dtype)
 
 
 def _attend_own_pages(
-    q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float
+    q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float, features: Features
 ) -> tuple[Tensor, Tensor]:
     """The page that each row lies in, if its list names it: the only one that needs a causal mask."""
     num_heads, length, head_dim = q.shape
@@ -96,14 +120,21 @@ def _attend_own_pages(
     named = _names_page(selection, start, blocks)  # [H, R]
     named = named.view(min(named.shape[0], num_kv_heads), -1, blocks.shape[0]).transpose(1, 2)
     named = named & (pages >= 0)[..., None]  # [Hkv, R, G or 1]
-    later = torch.ones(PAGE_SIZE, PAGE_SIZE, dtype=torch.bool, device=q.device).triu(1)
-    hidden = later | ~named[..., None, None]  # [Hkv, R, G or 1, 64, 64]
+    places = torch.arange(PAGE_SIZE, device=q.device)
+    unseen = _unseen(places, places, features.window)
+    hidden = unseen | ~named[..., None, None]  # [Hkv, R, G or 1, 64, 64]
     out, lse = softmax_attention(
-        by_page.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), hidden.flatten(0, 1), scale
+        by_page.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), hidden.flatten(0, 1), scale, features.softcap
     )  # [Hkv * R, G, 64, D], [Hkv * R, G, 64]
     out = out.view(by_page.shape).transpose(1, 2).reshape(padded.shape)
     lse = lse.view(by_page.shape[:-1]).transpose(1, 2).reshape(padded.shape[:-1])
     return out[:, rows], lse[:, rows]
+
+
+def _unseen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys lie after a query or behind its window: bool [T, N], from positions [T] and [N]."""
+    distance = queries[:, None] - keys
+    return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
 def _names_page(selection: Selection, start: int, blocks: Tensor) -> Tensor:
@@ -120,7 +151,7 @@ def _names_page(selection: Selection, start: int, blocks: Tensor) -> Tensor:
 
 
 def _attend_past(
-    q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float
+    q: Tensor, start: int, keys: KeyView, selection: Selection, scale: float, features: Features
 ) -> tuple[Tensor, Tensor]:
     """The listed keys before the page that each row lies in: page by page of rows, list by list."""
     num_heads, length, _ = q.shape
@@ -133,16 +164,22 @@ def _attend_past(
         rows = slice(max(0, page * PAGE_SIZE - start), (page + 1) * PAGE_SIZE - start)
         for part in range(num_heads // group):
             heads = slice(part * group, (part + 1) * group)
-            k, v = reader.read(
+            k, v, positions = reader.read(
                 part * num_lists * group // num_heads, part * num_kv_heads * group // num_heads, page
             )
             if k.shape[0] == 0:
                 continue
             k, v = k[None].to(q.dtype), v[None].to(q.dtype)
-            if q.is_cpu:
-                got = _flash(q[None, heads, rows], k, v, scale, is_causal=False)
+            queries = q[None, heads, rows]
+            if q.is_cpu and not features.window and not features.softcap:
+                got = _flash(queries, k, v, scale, is_causal=False)
             else:
-                got = softmax_attention(q[None, heads, rows], k, v, None, scale)
+                hidden = None
+                if features.window is not None:
+                    first = start + rows.start
+                    own = torch.arange(first, first + queries.shape[2], device=q.device)
+                    hidden = _unseen(own, positions, features.window)
+                got = softmax_attention(queries, k, v, hidden, scale, features.softcap)
             out[heads, rows], lse[heads, rows] = got[0][0], got[1][0]
     return out, lse
 
@@ -161,21 +198,23 @@ class _PastReader:
             self.units = _HostLists(selection.gathered)
         self.offsets = torch.arange(PAGE_SIZE, device=self.table.device)
 
-    def read(self, head: int, kv_head: int, page: int) -> tuple[Tensor, Tensor]:
-        """What list `head` gives to the rows of a page, of the keys before it: k and v [n, D], n may be 0."""
+    def read(self, head: int, kv_head: int, page: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What list `head` gives to the rows of a page, of the keys before it: k and v [n, D], n may be 0;
+        and the positions of those that stand in pages."""
         query_block = page * PAGE_SIZE // self.query_block - self.first_block
         blocks = self.pages.read(head, query_block)
         tokens = self.offsets[:0]
         if blocks is None:
-            pages = self.table[kv_head, :page]
+            blocks = torch.arange(page, device=self.table.device)
         else:
-            num_past = blocks.shape[0] - int((blocks[-2:] >= page).sum())
-            pages = self.table[kv_head, blocks[:num_past]]
+            blocks = blocks[: blocks.shape[0] - int((blocks[-2:] >= page).sum())]
             if self.units is not None:
                 tokens = self._tokens(head, kv_head, query_block)
+        pages = self.table[kv_head, blocks]
         if self.any_dropped:
-            pages, tokens = pages[pages >= 0], tokens[tokens >= 0]
-        return self._copy(self.k_pool, pages, tokens), self._copy(self.v_pool, pages, tokens)
+            blocks, pages, tokens = blocks[pages >= 0], pages[pages >= 0], tokens[tokens >= 0]
+        positions = (blocks[:, None] * PAGE_SIZE + self.offsets).flatten()
+        return self._copy(self.k_pool, pages, tokens), self._copy(self.v_pool, pages, tokens), positions
 
     def _tokens(self, head: int, kv_head: int, query_block: int) -> Tensor:
         """Places of the gathered keys in the flattened pool, negative where dropped: [n] int64."""
@@ -226,7 +265,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_causal: bool) ->
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention by its formula, in fp32 (fp64 if given). q [H, G, T, D], k and v [H, N, D].
 
@@ -236,6 +275,8 @@ def softmax_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = k.to(dtype), v.to(dtype)
     scores = ((q.to(dtype) * scale).flatten(1, 2) @ k.mT).view(*q.shape[:3], -1)  # [H, G, T, N]
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if hidden is not None:
         scores.masked_fill_(hidden, float("-inf"))
     top = scores.amax(-1, keepdim=True)
@@ -249,20 +290,23 @@ def softmax_attention(
 
 
 def _dense_by_rows(
-    q: Tensor, k: Tensor, v: Tensor, start: int, held: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, start: int, held: Tensor | None, scale: float, features: Features
 ) -> tuple[Tensor, Tensor]:
     """Causal attention in pieces of rows that keep the scores small. q [Hkv, G, T, D], held [Hkv, N]."""
-    num_heads, length = q.shape[0] * q.shape[1], q.shape[2]
-    step = max(16, SCORE_ELEMS // (num_heads * k.shape[1]))
+    num_heads, length, window = q.shape[0] * q.shape[1], q.shape[2], features.window
+    reach = k.shape[1] if window is None else min(window, k.shape[1])
+    step = max(16, min(reach, SCORE_ELEMS // (num_heads * reach)))  # a piece reads `reach` keys and its own
     pieces = []
     for first in range(0, length, step):
         rows = q[:, :, first : first + step]
         end = start + first + rows.shape[2]  # the keys that the last of these rows sees
-        positions = torch.arange(end, device=q.device)
-        hidden = positions > positions[end - rows.shape[2] :, None]  # [rows, end]
+        begin = 0 if window is None else max(0, start + first - window + 1)
+        positions = torch.arange(begin, end, device=q.device)
+        hidden = _unseen(positions[-rows.shape[2] :], positions, window)  # [rows, end - begin]
         if held is not None:
-            hidden = hidden | ~held[:, None, None, :end]
-        pieces.append(softmax_attention(rows, k[:, :end], v[:, :end], hidden, scale))
+            hidden = hidden | ~held[:, None, None, begin:end]
+        piece = softmax_attention(rows, k[:, begin:end], v[:, begin:end], hidden, scale, features.softcap)
+        pieces.append(piece)
     outs, lses = zip(*pieces, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 

@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from configs.model import ModelInfo
 from sparse.selection import Selection
+
+if TYPE_CHECKING:
+    from sparse.estimator import Estimator
 
 
 class KeyView(Protocol):
@@ -44,6 +47,16 @@ class StateRegistry(Protocol):
         """One tensor of this shape per slot, zeroed when the slot is taken."""
 
 
+class Rotation(Protocol):
+    """RoPE of one layer, static: the same for a position in every sequence."""
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [H, T, D] before RoPE, positions [T] -> [H, T, D] after."""
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [H, T, D] after RoPE, positions [T] -> [H, T, D] before."""
+
+
 def _no_pre_rope() -> tuple[Tensor, Tensor]:
     raise AssertionError("only the model's seam knows the rotation")
 
@@ -59,6 +72,10 @@ class Chunk:
     slot: int
     pre_rope: Callable[[], tuple[Tensor, Tensor]] = _no_pre_rope
     """q [Hq, Tq, D] and k [Hkv, Tq, D] of this chunk and layer before RoPE, computed when asked for."""
+    estimate: "Estimator | None" = None
+    """The last-window estimator of the device; None = sparse.estimator.estimate."""
+    rotation: Rotation | None = None
+    """RoPE of this layer, for keys of earlier chunks; None = the layer rotates nothing."""
 
     @property
     def is_last(self) -> bool:
@@ -71,6 +88,10 @@ class PrefillMethod(Protocol):
     @property
     def grid(self) -> bool:
         """Do a row's choices depend on later rows of its chunk? Then chunks follow a fixed grid."""
+
+    @property
+    def last_rows(self) -> int:
+        """Last rows of a prompt that read more because they are last: a longer prompt must not reuse them."""
 
     def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
         """Once, before weights load: read per-head tables and weights, declare state; or raise ValueError.

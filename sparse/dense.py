@@ -15,6 +15,7 @@ class Dense:
     """Skip nothing: exact attention."""
 
     grid = False
+    last_rows = 0
 
     def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
         """Nothing to read and no state: dense attention fits every model."""

@@ -1,6 +1,7 @@
 """The last-window estimator: what a few rows attend to, summed by column and by diagonal, over every key."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ class Estimate:
     diagonals: Tensor  # [Hq, N] float32: how much they look at the key `distance` before them
     out: Tensor  # [Hq, R, D] in the dtype of q: the dense output of the rows
     lse: Tensor  # [Hq, R] float32
+
+
+class Estimator(Protocol):
+    """The estimate of a device: see `estimate`."""
+
+    def __call__(self, q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float) -> Estimate: ...
 
 
 def estimate(q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float) -> Estimate:

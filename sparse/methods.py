@@ -1,7 +1,22 @@
-"""The prefill methods by the name a plan gives them."""
+"""Prefill methods by the name that a plan calls them."""
 
 from sparse.base import PrefillMethod
 from sparse.dense import Dense
+from sparse.flashprefill import FlashPrefill
+from sparse.flexprefill import FlexPrefill
+from sparse.hip import HiP
+from sparse.mean_pool import MeanPool
 from sparse.minference import MInference
+from sparse.seerattention import SeerAttention
+from sparse.xattention import XAttention
 
-PREFILL_METHODS: dict[str, type[PrefillMethod]] = {"dense": Dense, "minference": MInference}
+PREFILL_METHODS: dict[str, type[PrefillMethod]] = {
+    "dense": Dense,
+    "minference": MInference,
+    "mean_pool": MeanPool,
+    "xattention": XAttention,
+    "flashprefill": FlashPrefill,
+    "flexprefill": FlexPrefill,
+    "hip": HiP,
+    "seerattention": SeerAttention,
+}

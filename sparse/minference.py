@@ -95,6 +95,10 @@ class MInference:
         else:
             self._refuse({"pattern", *options}.difference(ESTIMATOR), "the file of heads decides")
 
+    @property
+    def last_rows(self) -> int:
+        return max(layer.most_last_rows for layer in self.layers)
+
     def _refuse(self, unread: Iterable[str], reason: str) -> None:
         """An option that was given but that no head reads says that someone is mistaken."""
         for name in sorted(unread):
@@ -131,7 +135,8 @@ class MInference:
         pages = torch.zeros(q.shape[0], num_pages - first_page, num_pages, dtype=torch.bool, device=q.device)
         gathered, exact = None, None
         if heads.lines is not None:
-            seen = estimate(q[:, -num_rows:], num_tokens - num_rows, keys, scale=scale)
+            look = chunk.estimate or estimate
+            seen = look(q[:, -num_rows:], num_tokens - num_rows, keys, scale=scale)
             exact = ExactRows(seen.out, seen.lse)
             pages[heads.lines.heads], gathered = self._lines(heads.lines, seen, block_page)
             gathered = _spread(gathered, heads.lines.heads, q.shape[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.model import PAGE_SIZE
 from sparse.attention import held_tokens
 from sparse.base import Chunk, KeyView
-from sparse.selection import ALL, BlockLists, Selection
+from sparse.selection import ALL, Selection, mask_from_lists
 
 SAMPLED_ROWS = 16  # per chunk
 
@@ -36,10 +36,19 @@ def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
-def recall(q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scale: float) -> Tensor:
+def recall(
+    q: Tensor,
+    keys: KeyView,
+    chunk: Chunk,
+    selection: Selection,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
     """Share of the attention of the sampled rows that falls on selected keys: [Hq, R] float32 in [0, 1].
 
-    exp(lse_selected - lse_full), over the keys that are held; no host sync. q [Hq, Tq, D] after RoPE.
+    exp(lse_selected - lse_full), over the keys that are held; no host sync. q [Hq, Tq, D] after RoPE. What a
+    sink draws falls on no key and does not count.
     """
     rows = recall_rows(chunk, selection).to(q.device)
     num_tokens = chunk.start + chunk.length
@@ -49,6 +58,8 @@ def recall(q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scal
     num_kv_heads = k.shape[0]
     sampled = q[:, rows].float().view(num_kv_heads, -1, q.shape[2])  # [Hkv, G * R, D]
     scores = (scale * (sampled @ k.mT)).view(num_kv_heads, -1, rows.shape[0], num_tokens)  # [Hkv, G, R, N]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.arange(num_tokens, device=q.device) > (chunk.start + rows)[:, None]  # [R, N]
     held = held_tokens(keys, num_tokens)
     if held is not None:
@@ -66,25 +77,13 @@ def selected_keys(selection: Selection, chunk: Chunk, rows: Tensor) -> Tensor:
     """The keys that the lists give to some rows of a chunk, before causality: bool [H, R, N]. rows [R]."""
     num_tokens = chunk.start + chunk.length
     blocks = (chunk.start + rows) // selection.query_block - chunk.start // selection.query_block
-    pages = _listed(selection.pages, blocks, -(-num_tokens // PAGE_SIZE))
+    pages = mask_from_lists(selection.pages, blocks, -(-num_tokens // PAGE_SIZE))
     mask = pages.repeat_interleave(PAGE_SIZE, dim=-1)[..., :num_tokens]
     if selection.gathered is not None:
         unit = selection.gathered.unit
-        units = _listed(selection.gathered, blocks, -(-num_tokens // unit))
+        units = mask_from_lists(selection.gathered, blocks, -(-num_tokens // unit))
         mask = mask | units.repeat_interleave(unit, dim=-1)[..., :num_tokens]
     return mask | (selection.pages.counts[:, blocks] == ALL)[..., None]
-
-
-def _listed(lists: BlockLists, blocks: Tensor, num_units: int) -> Tensor:
-    """The units in the lists of some query blocks, as bool [H, R, num_units]. blocks [R]."""
-    counts, starts = lists.counts[:, blocks, None], lists.starts[:, blocks, None]
-    capacity = lists.indices.shape[0]
-    mask = torch.zeros(*counts.shape[:2], num_units + 1, dtype=torch.bool, device=counts.device)
-    if capacity:
-        places = torch.arange(num_units, device=counts.device)  # a list has no duplicates: it is never longer
-        ids = lists.indices[(starts + places).clamp_max(capacity - 1)].long()
-        mask.scatter_(-1, torch.where(places < counts, ids, num_units), True)  # one extra unit for no unit
-    return mask[..., :num_units]
 
 
 def _by_group(mask: Tensor, num_kv_heads: int) -> Tensor:
@@ -107,20 +106,27 @@ def raise_to_floor(selection: Selection, recalled: Tensor, floor: float) -> Sele
     return replace(selection, pages=pages, gathered=gathered)
 
 
-def causal_cells(chunk: Chunk, num_query_heads: int) -> int:
+def causal_cells(chunk: Chunk, num_query_heads: int, window: int | None = None) -> int:
     """(query, key) pairs that dense attention computes for a chunk, over all heads."""
-    return num_query_heads * (chunk.length * chunk.start + chunk.length * (chunk.length + 1) // 2)
+    growing = chunk.length  # rows that see one key more than the row before
+    if window is not None:
+        growing = min(max(window - chunk.start, 0), chunk.length)
+    cells = growing * chunk.start + growing * (growing + 1) // 2
+    if window is not None:
+        cells += (chunk.length - growing) * window
+    return num_query_heads * cells
 
 
-def read_cells(selection: Selection, chunk: Chunk, num_query_heads: int) -> Tensor:
+def read_cells(selection: Selection, chunk: Chunk, num_query_heads: int, window: int | None = None) -> Tensor:
     """(query, key) pairs that a selection computes for a chunk, over all heads: 0-d int64. No host sync.
 
     Counted at the tiles: every key of a listed page or unit that a row may see, wanted or not. Exact rows
-    count as dense, since their estimator read every key.
+    count as dense, since their estimator read every key. A layer with a window is read densely within it.
     """
     device = selection.pages.counts.device
     if selection.is_dense:
-        return torch.tensor(causal_cells(chunk, num_query_heads), device=device)
+        return torch.tensor(causal_cells(chunk, num_query_heads, window), device=device)
+    assert window is None, window
     num_exact = 0 if selection.exact is None else selection.exact.lse.shape[1]
     visible = chunk.start + 1 + torch.arange(chunk.length, device=device)  # [Tq] keys that each row may see
     listed = visible[: chunk.length - num_exact]

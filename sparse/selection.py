@@ -107,3 +107,15 @@ def lists_from_ids(ids: Tensor, keep: Tensor, unit: int) -> BlockLists:
 def lists_from_mask(mask: Tensor, unit: int) -> BlockLists:
     """Index lists of the True cells. mask [H, B, U] bool, U = number of units. No host sync."""
     return lists_from_ids(torch.arange(mask.shape[-1], device=mask.device), mask, unit)
+
+
+def mask_from_lists(lists: BlockLists, blocks: Tensor, num_units: int) -> Tensor:
+    """The units in the lists of some query blocks, as bool [H, R, num_units]. blocks [R]. No host sync."""
+    counts, starts = lists.counts[:, blocks, None], lists.starts[:, blocks, None]
+    capacity = lists.indices.shape[0]
+    mask = torch.zeros(*counts.shape[:2], num_units + 1, dtype=torch.bool, device=counts.device)
+    if capacity:
+        places = torch.arange(num_units, device=counts.device)  # a list has no duplicates: it is never longer
+        ids = lists.indices[(starts + places).clamp_max(capacity - 1)].long()
+        mask.scatter_(-1, torch.where(places < counts, ids, num_units), True)  # one extra unit for no unit
+    return mask[..., :num_units]

@@ -11,18 +11,20 @@ import tokenizers
 import torch
 import transformers
 
-from configs.model import ModelInfo
+from configs.grammars import Grammars
 from configs.plan import PlanFile
 from configs.schema import SchedulerConfig
 from engine import attention
 from engine.engine import Engine
 from engine.kernels import Kernels, kernels_for
 from engine.messages import Sampling, Submit, TokenOutput
+from engine.models import info_of
 from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
+from sparse.gate_files import Gate, write_gates
 
 VOCAB = 256
 CHAT_TEMPLATE = (
@@ -43,12 +45,31 @@ SIZES = dict(
 )
 
 
-OF_FAMILY = {
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "cohere2": {"sliding_window": 50, "sliding_window_pattern": 3, "pad_token_id": 0, "bos_token_id": 1},
+    "gemma2": {"sliding_window": 50, "attn_logit_softcapping": 2.0, "tie_word_embeddings": False},
+    "gemma3_text": {"sliding_window": 50, "sliding_window_pattern": 3, "tie_word_embeddings": False},
+    "glm4": {"pad_token_id": 0},
+    "gpt_oss": {
+        "sliding_window": 50,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
     "granite": {"attention_multiplier": 0.25},  # its own scale, not 1 / sqrt(D)
     "mistral": {"sliding_window": None},
     "phi3": {"sliding_window": None, "pad_token_id": 0},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0, "bos_token_id": 1},
     "starcoder2": {"sliding_window": None, "bos_token_id": 1},
 }
+EAGER = {"gemma2", "gpt_oss"}  # of HuggingFace's own attentions, the only one that knows their features
 
 
 def tiny_config(family: str = "llama", **overrides: Any) -> Any:
@@ -76,17 +97,16 @@ def save_tiny(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     return folder
 
 
-def info_of(model: Any) -> ModelInfo:
-    config = model.config
-    return ModelInfo(
-        name="tiny",
-        num_layers=config.num_hidden_layers,
-        num_query_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_length=config.max_position_embeddings,
-    )
+def tiny_gates(folder: Path) -> Path:
+    """Random gates of SeerAttention for a tiny model."""
+    generator = torch.Generator().manual_seed(0)
+    size, heads = SIZES["head_dim"], SIZES["num_attention_heads"]
+    gates = [
+        Gate(torch.randn(heads, 3 * size, size, generator=generator), None)
+        for _ in range(SIZES["num_hidden_layers"])
+    ]
+    write_gates(folder / "gates.safetensors", gates)
+    return folder / "gates.safetensors"
 
 
 def plan(name: str = "dense", **parts: Any) -> PlanFile:
@@ -121,25 +141,30 @@ class TinyEngine:
         prompt: Iterable[int],
         sampling: Sampling | None = None,
         plan: str | None = None,
+        **options: Any,
     ) -> None:
         tokens = tuple(prompt)
         name = plan or next(iter(self.plans))
-        self.engine.submit(Submit(request_id, tokens, len(tokens), name, sampling or greedy()))
+        self.engine.submit(Submit(request_id, tokens, len(tokens), name, sampling or greedy(), **options))
 
     def step(self) -> list[TokenOutput]:
         return list(self.engine.step().outputs)
 
     def run(self) -> dict[str, list[int]]:
-        """Step until nothing is left; tokens by request. Every request must end once, and without error."""
+        """Step until nothing is left; tokens by request, and by "request/n" for choices but the first.
+
+        Everything must end once, and without error.
+        """
         tokens: dict[str, list[int]] = {}
         ended: set[str] = set()
         while self.engine.has_work:
             for output in self.step():
-                assert output.request_id not in ended, f"{output.request_id} ended twice"
+                name = output.request_id + (f"/{output.choice}" if output.choice else "")
+                assert name not in ended, f"{name} ended twice"
                 assert output.error is None, output.error
-                tokens.setdefault(output.request_id, []).extend(output.tokens)
+                tokens.setdefault(name, []).extend(output.tokens)
                 if output.finish_reason is not None:
-                    ended.add(output.request_id)
+                    ended.add(name)
         assert ended == set(tokens)
         return {name: found for name, found in tokens.items()}
 
@@ -152,7 +177,8 @@ class TinyEngine:
 
     def assert_empty(self) -> None:
         self.cache.check()
-        assert self.cache.usage().free == self.cache.pool.num_pages
+        usage = self.cache.usage()
+        assert usage.free + usage.cached == self.cache.pool.num_pages
 
 
 def tiny_engine(
@@ -161,33 +187,39 @@ def tiny_engine(
     num_pages: int = 3000,
     max_length: int = 2048,
     kernels: Kernels | None = None,
+    grammars: Grammars | None = None,
+    share_prefixes: bool = False,
     **scheduling: Any,
 ) -> TinyEngine:
     """An engine in this process, around a tiny model, with room for a few sequences."""
     attention.register()
     network = network or tiny_model()
     network.set_attn_implementation(attention.IMPLEMENTATION)
-    model = info_of(network)
+    model = info_of(network.config, "tiny", network.config.max_position_embeddings)
     states = StateRegistry()
     resolved = resolve_plans(list(plans) or [plan()], model, states)
     config = SchedulerConfig(**scheduling)
+    device = torch.device("cpu")
+    kernels = kernels or kernels_for(device)
     cache = KVCache(
         model,
         CacheSize(num_pages, config.max_num_seqs, max_length),
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=device,
         states=states,
+        moves=kernels.moves,
     )
-    device = torch.device("cpu")
-    runner = ModelRunner(network, cache, kernels or kernels_for(device), device)
-    return TinyEngine(Engine(resolved, Scheduler(config, cache), runner, cache, ()), cache, resolved, network)
+    runner = ModelRunner(network, cache, kernels, device)
+    scheduler = Scheduler(config, cache)
+    engine = Engine(resolved, scheduler, runner, cache, (), share_prefixes=share_prefixes, grammars=grammars)
+    return TinyEngine(engine, cache, resolved, network)
 
 
 def hf_greedy(model: Any, prompt: Iterable[int], max_tokens: int) -> list[int]:
     """What HuggingFace's own generate answers, greedily, ignoring end tokens as `greedy` does."""
     tokens = torch.tensor([list(prompt)])
     model.generation_config.eos_token_id = None
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("eager" if model.config.model_type in EAGER else "sdpa")
     out = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),

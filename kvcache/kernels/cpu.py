@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
 from configs.native import library
 from kvcache.decode import attend_rows as attend_rows_in_torch
@@ -19,8 +20,12 @@ class _DecodeCall(ctypes.Structure):
     """Mirrors DecodeCall of cpu_decode.cpp, where the shapes are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k_pool", "v_pool", "pages", "held", "out")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "group_size", "head_dim", "row_pages")),
+        *((name, ctypes.c_void_p) for name in ("q", "k_pool", "v_pool", "pages", "held", "sinks", "out")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_rows", "num_kv_heads", "group_size", "head_dim", "row_pages", "window")
+        ),
+        ("softcap", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("pool_is_bf16", "num_threads")),
     ]
 
@@ -31,14 +36,24 @@ def is_available() -> bool:
 
 
 def attend_rows(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, held: Tensor, *, scale: float, max_held: int
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    pages: Tensor,
+    held: Tensor,
+    *,
+    scale: float,
+    max_held: int,
+    features: Features = NO_FEATURES,
 ) -> Tensor:
     """What kvcache.decode.attend_rows gives, which serves the dtypes and head sizes that this does not."""
     kernels = library(SOURCE)
     assert kernels is not None, "ask is_available() first"
     batch, num_heads, head_dim = q.shape
     if k_pool.dtype not in DTYPES or q.dtype == torch.float64 or head_dim % kernels.farspan_lanes():
-        return attend_rows_in_torch(q, k_pool, v_pool, pages, held, scale=scale, max_held=max_held)
+        return attend_rows_in_torch(
+            q, k_pool, v_pool, pages, held, scale=scale, max_held=max_held, features=features
+        )
     num_kv_heads, row_pages = pages.shape[1:]
     assert all(x.device.type == "cpu" for x in (q, k_pool, v_pool, pages, held))
     assert pages.dtype == held.dtype == torch.int32 and pages.shape[:2] == held.shape == (batch, num_kv_heads)
@@ -52,10 +67,16 @@ def attend_rows(
     # What a pointer is taken of must live until the call returns.
     queries = (q.float() * (scale * math.log2(math.e))).contiguous()
     pages, held = pages.contiguous(), held.contiguous()
+    sinks = None if features.sinks is None else features.sinks.contiguous()
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (num_heads,)), sinks
     out = torch.empty_like(queries)
     call = _DecodeCall(
-        *(x.data_ptr() for x in (queries, k_pool, v_pool, pages, held, out)),
-        *(batch * num_kv_heads, num_heads // num_kv_heads, head_dim, row_pages),
+        *(x.data_ptr() for x in (queries, k_pool, v_pool, pages, held)),
+        None if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+        *(batch * num_kv_heads, num_kv_heads, num_heads // num_kv_heads, head_dim, row_pages),
+        features.window or 0,
+        features.softcap or 0.0,
         k_pool.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )

@@ -14,6 +14,7 @@ namespace {
 using namespace farspan;
 
 constexpr int64_t PIECE = 4 * PAGE_SIZE;
+constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int KEYS = 4;   // keys scored together, and
 constexpr int HEADS = 3;  // query heads: 4 x 3 sums and 4 vectors of keys fill the registers of AVX2
 
@@ -25,8 +26,11 @@ extern "C" struct DecodeCall {  // mirrored in cpu.py
   const void* v_pool;
   const int32_t* pages;         // [B][Hkv][row_pages]
   const int32_t* held;          // [B][Hkv]
+  const float* sinks;           // [Hq] natural log, or null
   float* out;                   // [B][Hq][D]
-  int64_t num_rows, group_size, head_dim, row_pages;  // num_rows = B * Hkv
+  int64_t num_rows, num_kv_heads, group_size, head_dim, row_pages;  // num_rows = B * Hkv
+  int64_t window;               // the last tokens of a row that are read, 0 = all
+  float softcap;                // 0 = none
   int32_t pool_is_bf16, num_threads;
 };
 
@@ -80,9 +84,21 @@ void add_values(const float* weights, const Element* v, int num_keys, int64_t he
   for (; d < head_dim; d += LANES) add_columns<HEAD_COUNT, 1>(weights, v + d, num_keys, head_dim, out + d);
 }
 
-// Online softmax of one head's scores [PAGE_SIZE], log2, of which num_keys count: weights in place.
-void to_weights(float* scores, int num_keys, int64_t head_dim, float& top, float& total, float* out) {
-  std::fill(scores + num_keys, scores + PAGE_SIZE, -INFINITY);
+// Caps one head's scores [PAGE_SIZE], log2.
+void cap(float* scores, float softcap) {
+  for (int key = 0; key < PAGE_SIZE; key += LANES)
+    store(scores + key, softcap * LOG2_E * tanh_of_half(load(scores + key) * (2 / softcap)));
+}
+
+// Which keys of a page count: [first, end).
+struct Keys {
+  int first, end;
+};
+
+// Online softmax of one head's scores [PAGE_SIZE], log2: weights in place.
+void to_weights(float* scores, Keys keys, int64_t head_dim, float& top, float& total, float* out) {
+  std::fill(scores, scores + keys.first, -INFINITY);
+  std::fill(scores + keys.end, scores + PAGE_SIZE, -INFINITY);
   Floats most = load(scores);
   for (int key = LANES; key < PAGE_SIZE; key += LANES) most = larger(load(scores + key), most);
   const float higher = std::max(top, largest_of(most));
@@ -125,15 +141,18 @@ inline void fetch(const Element* from, int64_t count) {
 }
 
 template <int HEAD_COUNT, typename Element>
-void attend_page(const Heads& heads, const Element* k, const Element* v, int num_keys, int64_t head_dim) {
+void attend_page(const Heads& heads, const Element* k, const Element* v, Keys keys, int64_t head_dim, float softcap) {
   alignas(64) float scores[HEAD_COUNT * PAGE_SIZE];
-  for (int key = 0; key < num_keys; key += KEYS) {  // and up to KEYS - 1 more, in the page but not held
+  const int whole = keys.first / KEYS * KEYS;
+  for (int key = whole; key < keys.end; key += KEYS) {  // and a few at either end that do not count
     fetch(v + key * head_dim, KEYS * head_dim);
     score_keys<HEAD_COUNT>(heads.q, k + key * head_dim, head_dim, scores + key);
   }
-  for (int g = 0; g < HEAD_COUNT; ++g)
-    to_weights(scores + g * PAGE_SIZE, num_keys, head_dim, heads.top[g], heads.total[g], heads.out + g * head_dim);
-  add_values<HEAD_COUNT>(scores, v, num_keys, head_dim, heads.out);
+  for (int g = 0; g < HEAD_COUNT; ++g) {
+    if (softcap > 0) cap(scores + g * PAGE_SIZE, softcap);
+    to_weights(scores + g * PAGE_SIZE, keys, head_dim, heads.top[g], heads.total[g], heads.out + g * head_dim);
+  }
+  add_values<HEAD_COUNT>(scores + keys.first, v + keys.first * head_dim, keys.end - keys.first, head_dim, heads.out);
 }
 
 template <typename Element>
@@ -141,28 +160,32 @@ void attend_piece(const DecodeCall& call, const Piece& piece, float* top, float*
   const int64_t group = call.group_size, head_dim = call.head_dim, page_elements = PAGE_SIZE * head_dim;
   const float* q = call.q + piece.row * group * head_dim;
   const int64_t end = piece.first + piece.num_tokens;
-  for (int64_t first = piece.first; first < end; first += PAGE_SIZE) {
-    const int num_keys = static_cast<int>(std::min<int64_t>(PAGE_SIZE, end - first));
+  for (int64_t first = piece.first / PAGE_SIZE * PAGE_SIZE; first < end; first += PAGE_SIZE) {
+    const Keys keys{static_cast<int>(std::max<int64_t>(0, piece.first - first)),
+                    static_cast<int>(std::min<int64_t>(PAGE_SIZE, end - first))};
     const int64_t page = call.pages[piece.row * call.row_pages + first / PAGE_SIZE];
     const Element* k = static_cast<const Element*>(call.k_pool) + page * page_elements;
     const Element* v = static_cast<const Element*>(call.v_pool) + page * page_elements;
     for (int64_t g = 0; g < group; g += HEADS) {
       const Heads heads{q + g * head_dim, top + g, total + g, out + g * head_dim};
       switch (std::min<int64_t>(HEADS, group - g)) {
-        case 3: attend_page<3>(heads, k, v, num_keys, head_dim); break;
-        case 2: attend_page<2>(heads, k, v, num_keys, head_dim); break;
-        default: attend_page<1>(heads, k, v, num_keys, head_dim);
+        case 3: attend_page<3>(heads, k, v, keys, head_dim, call.softcap); break;
+        case 2: attend_page<2>(heads, k, v, keys, head_dim, call.softcap); break;
+        default: attend_page<1>(heads, k, v, keys, head_dim, call.softcap);
       }
     }
   }
 }
 
-// One head of one row out of its pieces [first, end).
-void merge(const DecodeCall& call, const Partials& partials, size_t first, size_t end, int64_t head, float* out) {
+// One head of one row out of its pieces [first, end). sink in log2 units, -inf = none.
+void merge(const DecodeCall& call, const Partials& partials, size_t first, size_t end, int64_t head, float sink,
+           float* out) {
   const int64_t group = call.group_size, head_dim = call.head_dim;
   std::fill_n(out, head_dim, 0.0f);
-  float top = -INFINITY, total = 0;
+  if (first == end) return;
+  float top = sink;
   for (size_t piece = first; piece < end; ++piece) top = std::max(top, partials.top[piece * group + head]);
+  float total = std::exp2(sink - top);
   for (size_t piece = first; piece < end; ++piece)
     total += partials.total[piece * group + head] * std::exp2(partials.top[piece * group + head] - top);
   for (size_t piece = first; piece < end; ++piece) {
@@ -177,8 +200,11 @@ void run(const DecodeCall& call) {
   std::vector<Piece> pieces;
   std::vector<size_t> starts{0};  // of each row's pieces
   for (int64_t row = 0; row < call.num_rows; ++row) {
-    for (int64_t first = 0; first < call.held[row]; first += PIECE)
-      pieces.push_back({row, first, std::min(PIECE, call.held[row] - first)});
+    const int64_t oldest = call.window ? std::max<int64_t>(0, call.held[row] - call.window) : 0;
+    for (int64_t piece = oldest / PIECE * PIECE; piece < call.held[row]; piece += PIECE) {
+      const int64_t first = std::max(piece, oldest);
+      pieces.push_back({row, first, std::min<int64_t>(piece + PIECE, call.held[row]) - first});
+    }
     starts.push_back(pieces.size());
   }
   Partials partials(pieces.size(), group, head_dim);
@@ -192,8 +218,10 @@ void run(const DecodeCall& call) {
 #pragma omp barrier
 #pragma omp for collapse(2)
     for (int64_t row = 0; row < call.num_rows; ++row)
-      for (int64_t head = 0; head < group; ++head)
-        merge(call, partials, starts[row], starts[row + 1], head, call.out + (row * group + head) * head_dim);
+      for (int64_t head = 0; head < group; ++head) {
+        const float sink = call.sinks ? call.sinks[row % call.num_kv_heads * group + head] * LOG2_E : -INFINITY;
+        merge(call, partials, starts[row], starts[row + 1], head, sink, call.out + (row * group + head) * head_dim);
+      }
   }
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
 from configs.native import library
 from sparse.attention import Attended
@@ -31,7 +32,7 @@ class _AttentionCall(ctypes.Structure):
     """Mirrors AttentionCall of cpu_attention.cpp, where the shapes are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k_pool", "v_pool", "pages", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("q", "k_pool", "v_pool", "pages", "out", "lse", "sinks")),
         ("whole", _Lists),
         ("gathered", _Lists),
         *(
@@ -41,9 +42,10 @@ class _AttentionCall(ctypes.Structure):
                 *("start", "length"),
                 *("num_heads", "num_kv_heads", "head_dim", "num_blocks"),
                 *("num_lists", "num_query_blocks", "query_block"),
+                "window",
             )
         ),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("q_is_bf16", "pool_is_bf16", "use_brgemm", "num_threads")),
     ]
 
@@ -59,10 +61,19 @@ def has_bf16_instructions() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def attend(q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scale: float) -> Attended:
+def attend(
+    q: Tensor,
+    keys: KeyView,
+    chunk: Chunk,
+    selection: Selection,
+    *,
+    scale: float,
+    features: Features = NO_FEATURES,
+) -> Attended:
     """What sparse.attention.attend gives, which also serves the dtypes that this does not (fp16, fp64)."""
     if q.dtype not in DTYPES or keys.k_pool.dtype not in DTYPES:
-        return attend_in_torch(q, keys, chunk, selection, scale=scale)
+        return attend_in_torch(q, keys, chunk, selection, scale=scale, features=features)
+    assert features.window is None or selection.gathered is None, "gathered units on a layer with a window"
     num_heads, length, head_dim = q.shape
     out = q.new_empty(num_heads, length, head_dim)
     lse = q.new_empty(num_heads, length, dtype=torch.float32)
@@ -72,7 +83,7 @@ def attend(q: Tensor, keys: KeyView, chunk: Chunk, selection: Selection, *, scal
         out[:, length - num_exact :] = selection.exact.out
         lse[:, length - num_exact :] = selection.exact.lse
     if length > num_exact:
-        _launch(q, keys, chunk.start, length - num_exact, selection, scale, out, lse)
+        _launch(q, keys, chunk.start, length - num_exact, selection, scale, features, out, lse)
     return Attended(out, lse)
 
 
@@ -83,6 +94,7 @@ def _launch(
     length: int,
     selection: Selection,
     scale: float,
+    features: Features,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -104,14 +116,18 @@ def _launch(
     parts = [
         None if x is None or selection.is_dense else _plain(x, num_lists, blocks) for x in (whole, gathered)
     ]
+    sinks = None if features.sinks is None else features.sinks.contiguous()
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (num_heads,)), sinks
     call = _AttentionCall(
         *(x.data_ptr() for x in (q, k_pool, v_pool, pages, out, lse)),
+        None if sinks is None else sinks.data_ptr(),
         *(_Lists() if x is None else _pointers(x) for x in parts),
         *(q.stride(0), q.stride(1), out_tokens),
         *(start, length),
         *(num_heads, num_kv_heads, head_dim, num_blocks),
         *(num_lists, blocks, selection.query_block),
-        scale,
+        features.window or 0,
+        *(scale, features.softcap or 0.0),
         q.dtype == torch.bfloat16,
         k_pool.dtype == torch.bfloat16,
         q.dtype == torch.bfloat16 and head_dim % 16 == 0 and has_bf16_instructions(),

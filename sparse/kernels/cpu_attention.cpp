@@ -39,13 +39,15 @@ struct AttentionCall {     // mirrored in cpu.py
   const int32_t* pages;    // [Hkv][num_blocks], -1 = dropped
   void* out;               // [Hq][out_tokens][D] as q
   float* lse;              // [Hq][out_tokens]
+  const float* sinks;      // [Hq] natural log, or null
   Lists whole;             // whole pages; unit 0 = every causal key
   Lists gathered;
   int64_t q_head_stride, q_token_stride, out_tokens;
   int64_t start, length;   // the rows at positions [start, start + length)
   int64_t num_heads, num_kv_heads, head_dim, num_blocks;
   int64_t num_lists, num_query_blocks, query_block;
-  float scale;
+  int64_t window;          // keys that a row sees at most, its own the last; 0 = all. Then no units are gathered
+  float scale, softcap;    // softcap 0 = none
   int32_t q_is_bf16, pool_is_bf16, use_brgemm, num_threads;
 };
 
@@ -57,6 +59,7 @@ struct Task {
   int64_t first_head, num_heads, kv_head;
   int64_t list;         // [H][B], flattened
   int64_t first, last;  // positions of its rows, the last included
+  int64_t oldest;       // block of the first key that a row sees
   int64_t cost;
 };
 
@@ -80,8 +83,10 @@ std::vector<Task> tasks_of(const AttentionCall& call) {
         task.first = std::max(call.start, block_start);
         task.last = std::min(call.start + call.length, block_start + call.query_block) - 1;
         if (task.first > task.last) continue;  // only rows behind `length`
+        task.oldest = call.window ? std::max<int64_t>(0, task.first - call.window + 1) / PAGE_SIZE : 0;
         const int32_t count = num_whole(call, task.list);
-        int64_t num_keys = count == ALL ? task.last + 1 : int64_t{PAGE_SIZE} * count;
+        const int64_t most_keys = task.last + 1 - task.oldest * PAGE_SIZE;
+        int64_t num_keys = count == ALL ? most_keys : std::min(most_keys, int64_t{PAGE_SIZE} * count);
         if (count != ALL && call.gathered.unit) num_keys += call.gathered.counts[task.list] * call.gathered.unit;
         task.cost = num_keys * task.num_heads * (task.last - task.first + 1);
         tasks.push_back(task);
@@ -90,12 +95,18 @@ std::vector<Task> tasks_of(const AttentionCall& call) {
   return tasks;
 }
 
+Logits logits_of(const AttentionCall& call) {
+  const float to_log2 = call.scale * LOG2_E;
+  return {call.softcap > 0 ? 2 * to_log2 / call.softcap : to_log2, call.softcap * LOG2_E,
+          call.window ? static_cast<int32_t>(call.window) : NO_WINDOW};
+}
+
 template <typename Element, typename Rows>
 class Worker {
  public:
   Worker(const AttentionCall& call, int64_t most_rows)
       : call_(call),
-        factor_(call.scale * LOG2_E),
+        logits_(logits_of(call)),
         page_elements_(PAGE_SIZE * call.head_dim),
         rows_(most_rows, call.head_dim),
         staged_k_(page_elements_),
@@ -113,15 +124,16 @@ class Worker {
     const int32_t count = num_whole(call_, task.list);
     const int64_t last_block = task.last / PAGE_SIZE;
     if (count == ALL) {
-      for (int64_t block = 0; block <= last_block; ++block) read_page(task, block);
+      for (int64_t block = task.oldest; block <= last_block; ++block) read_page(task, block);
     } else {
       const int32_t* blocks = call_.whole.indices + call_.whole.starts[task.list];
-      for (int32_t i = 0; i < count && blocks[i] <= last_block; ++i) read_page(task, blocks[i]);
+      for (int32_t i = 0; i < count && blocks[i] <= last_block; ++i)
+        if (blocks[i] >= task.oldest) read_page(task, blocks[i]);
       if (call_.gathered.unit) read_gathered(task);
     }
     rows_.finish({bf16 ? static_cast<void*>(static_cast<uint16_t*>(call_.out) + place * call_.head_dim)
                        : static_cast<float*>(call_.out) + place * call_.head_dim,
-                  call_.lse + place, bf16, call_.out_tokens});
+                  call_.lse + place, call_.sinks ? call_.sinks + task.first_head : nullptr, bf16, call_.out_tokens});
   }
 
  private:
@@ -137,7 +149,7 @@ class Worker {
     const int64_t first = block * PAGE_SIZE;
     const int num_keys = static_cast<int>(std::min<int64_t>(PAGE_SIZE, task.last - first + 1));
     rows_.attend(static_cast<const Element*>(call_.k_pool) + page, static_cast<const Element*>(call_.v_pool) + page,
-                 first, num_keys, factor_);
+                 first, num_keys, logits_);
   }
 
   // Units are copied side by side into a page, which is then read like any other.
@@ -157,15 +169,15 @@ class Worker {
       std::copy_n(v_pool + from, unit_elements, &staged_v_[staged]);
       staged += unit_elements;
       if (staged == page_elements_) {
-        rows_.attend(&staged_k_[0], &staged_v_[0], PAST, PAGE_SIZE, factor_);
+        rows_.attend(&staged_k_[0], &staged_v_[0], PAST, PAGE_SIZE, logits_);
         staged = 0;
       }
     }
-    if (staged) rows_.attend(&staged_k_[0], &staged_v_[0], PAST, static_cast<int>(staged / call_.head_dim), factor_);
+    if (staged) rows_.attend(&staged_k_[0], &staged_v_[0], PAST, static_cast<int>(staged / call_.head_dim), logits_);
   }
 
   const AttentionCall& call_;
-  float factor_;
+  Logits logits_;
   int64_t page_elements_;
   Rows rows_;
   Buffer<Element> staged_k_, staged_v_;

@@ -76,16 +76,16 @@ class BrgemmRows {
   }
 
   // k and v [PAGE_SIZE][D]; what lies behind num_keys may be anything.
-  void attend(const uint16_t* k, const uint16_t* v, int64_t first_position, int num_keys, float factor) {
+  void attend(const uint16_t* k, const uint16_t* v, int64_t first_position, int num_keys, const Logits& logits) {
     const int64_t padded = state_.padded();
     brgemm(PAGE_SIZE, padded, head_dim_, k, &q_[0], &scores_[0], false);
     int num_values = 0;  // keys that some row of the task sees
     for (int64_t first = 0; first < padded; first += PANEL) {
       const Lanes lanes = state_.lanes(first, &out_[first], padded);
       switch (state_.width(first) / LANES) {
-        case 3: num_values = weigh<3>(first, lanes, first_position, num_keys, factor); break;
-        case 2: num_values = weigh<2>(first, lanes, first_position, num_keys, factor); break;
-        default: num_values = weigh<1>(first, lanes, first_position, num_keys, factor);
+        case 3: num_values = std::max(num_values, weigh<3>(first, lanes, first_position, num_keys, logits)); break;
+        case 2: num_values = std::max(num_values, weigh<2>(first, lanes, first_position, num_keys, logits)); break;
+        default: num_values = std::max(num_values, weigh<1>(first, lanes, first_position, num_keys, logits));
       }
     }
     for (int64_t key = 0; key < PAGE_SIZE; key += 8)
@@ -105,11 +105,11 @@ class BrgemmRows {
  private:
   // The weights of one panel, as pairs of keys; those that it does not see are 0. Gives the keys that it sees.
   template <int VECTORS>
-  int weigh(int64_t first, const Lanes& lanes, int64_t first_position, int num_keys, float factor) {
+  int weigh(int64_t first, const Lanes& lanes, int64_t first_position, int num_keys, const Logits& logits) {
     const int64_t padded = state_.padded();
-    const Visible visible = lanes.visible<VECTORS>(first_position, num_keys);
+    const Visible visible = lanes.visible<VECTORS>(first_position, num_keys, logits.window);
     if (visible.any > 0)
-      to_weights<VECTORS>(&scores_[first], padded, lanes, head_dim_, first_position, visible, factor);
+      to_weights<VECTORS>(&scores_[first], padded, lanes, head_dim_, first_position, visible, logits);
     for (int key = 0; key < PAGE_SIZE; key += 2)
       for (int j = 0; j < VECTORS; ++j) {
         const int64_t lane = first + j * LANES;

@@ -34,14 +34,14 @@ inline void multiply(const float* a, int64_t stride_i, int64_t stride_k, const f
 // behind num_keys may be anything: its scores are not looked at, its values not read.
 template <int VECTORS>
 void attend_panel(const float* q, const Lanes& lanes, const float* k, const float* v, int64_t head_dim, int64_t first,
-                  int num_keys, float factor) {
+                  int num_keys, const Logits& logits) {
   constexpr int WIDTH = VECTORS * LANES;
-  const Visible visible = lanes.visible<VECTORS>(first, num_keys);
+  const Visible visible = lanes.visible<VECTORS>(first, num_keys, logits.window);
   if (visible.any == 0) return;
   alignas(64) float scores[PAGE_SIZE * WIDTH];
   for (int key = 0; key < visible.any; key += TILE)
     multiply<TILE, VECTORS, false>(k + key * head_dim, head_dim, 1, q, scores + key * WIDTH, head_dim);
-  to_weights<VECTORS>(scores, WIDTH, lanes, head_dim, first, visible, factor);
+  to_weights<VECTORS>(scores, WIDTH, lanes, head_dim, first, visible, logits);
   int64_t d = 0;
   for (; d + TILE <= head_dim; d += TILE)
     multiply<TILE, VECTORS, true>(v + d, 1, head_dim, scores, lanes.out + d * WIDTH, visible.any);
@@ -69,25 +69,25 @@ class PanelRows {
     }
   }
 
-  void attend(const float* k, const float* v, int64_t first_position, int num_keys, float factor) {
+  void attend(const float* k, const float* v, int64_t first_position, int num_keys, const Logits& logits) {
     for (int64_t first = 0; first < state_.padded(); first += PANEL) {
       const int64_t width = state_.width(first);
       const float* q = &q_[first * head_dim_];
       const Lanes lanes = state_.lanes(first, &out_[first * head_dim_], width);
       switch (width / LANES) {
-        case 3: attend_panel<3>(q, lanes, k, v, head_dim_, first_position, num_keys, factor); break;
-        case 2: attend_panel<2>(q, lanes, k, v, head_dim_, first_position, num_keys, factor); break;
-        default: attend_panel<1>(q, lanes, k, v, head_dim_, first_position, num_keys, factor);
+        case 3: attend_panel<3>(q, lanes, k, v, head_dim_, first_position, num_keys, logits); break;
+        case 2: attend_panel<2>(q, lanes, k, v, head_dim_, first_position, num_keys, logits); break;
+        default: attend_panel<1>(q, lanes, k, v, head_dim_, first_position, num_keys, logits);
       }
     }
   }
 
-  void attend(const uint16_t* k, const uint16_t* v, int64_t first_position, int num_keys, float factor) {
+  void attend(const uint16_t* k, const uint16_t* v, int64_t first_position, int num_keys, const Logits& logits) {
     float* wide_k = &widened_[0];
     float* wide_v = &widened_[PAGE_SIZE * head_dim_];
     widen(k, wide_k, num_keys * head_dim_);
     widen(v, wide_v, num_keys * head_dim_);
-    attend(wide_k, wide_v, first_position, num_keys, factor);
+    attend(wide_k, wide_v, first_position, num_keys, logits);
   }
 
   void finish(const Results& results) const {

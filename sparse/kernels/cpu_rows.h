@@ -17,6 +17,7 @@ constexpr int PANEL = PANEL_VECTORS * LANES;
 
 // A row's maximum is raised only when a score passes it by this much (log2): rescaling is rare, weights stay below 2^8.
 constexpr float SLACK = 8.0f;
+constexpr int32_t NO_WINDOW = INT32_MAX;
 constexpr float NO_KEY = -1e30f;  // the maximum of a row that has read nothing; finite, as -inf - -inf is NaN
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -56,10 +57,18 @@ struct Queries {
   }
 };
 
+// How q.k becomes a logit in log2 units, and which keys a row sees.
+struct Logits {
+  float factor;    // > 0, of q.k; with a softcap, makes it the exponent of 2 in tanh(x) = 1 - 2 / (1 + 2^exponent)
+  float softcap;   // log2 units, 0 = none
+  int32_t window;  // keys that a row sees at most, its own the last
+};
+
 // Where the rows of a task go.
 struct Results {
-  void* out;   // [heads][head_tokens][D], from the task's first head and token on
-  float* lse;  // [heads][head_tokens]
+  void* out;           // [heads][head_tokens][D], from the task's first head and token on
+  float* lse;          // [heads][head_tokens]
+  const float* sinks;  // [heads] natural log, or null
   bool is_bf16;
   int64_t head_tokens;
 
@@ -90,19 +99,37 @@ struct Lanes {
   float* out;  // [D], `stride` floats apart, not yet divided by sum
   int64_t stride;
 
-  // Of the keys at positions [first, first + num_keys).
+  // Of the keys at positions [first, first + num_keys). Where the window of some row begins among them, no key counts
+  // as seen by every row.
   template <int VECTORS>
-  Visible visible(int64_t first, int num_keys) const {
-    const int64_t any = std::clamp<int64_t>(position[VECTORS * LANES - 1] - first + 1, 0, num_keys);
-    return {static_cast<int>(any), static_cast<int>(std::clamp<int64_t>(position[0] - first + 1, 0, any))};
+  Visible visible(int64_t first, int num_keys, int32_t window) const {
+    const int64_t top = position[VECTORS * LANES - 1];
+    int64_t any = std::clamp<int64_t>(top - first + 1, 0, num_keys);
+    int64_t all = std::clamp<int64_t>(position[0] - first + 1, 0, any);
+    if (window != NO_WINDOW) {
+      if (first + any <= position[0] - window + 1) any = 0;
+      if (first <= top - window) all = 0;
+    }
+    return {static_cast<int>(any), static_cast<int>(all)};
   }
 };
 
-// Turns the scores [key], `stride` floats apart, of the visible keys into weights, in place. `factor` > 0 takes a
-// score to log2 units.
+// Caps the scores [key], `stride` floats apart, of num_keys keys: logits in log2 units, in place.
+template <int VECTORS>
+inline void cap(float* scores, int64_t stride, int num_keys, const Logits& logits) {
+  for (int key = 0; key < num_keys; ++key)
+    for (int j = 0; j < VECTORS; ++j) {
+      float* place = scores + key * stride + j * LANES;
+      store(place, logits.softcap * tanh_of_half(load(place) * logits.factor));
+    }
+}
+
+// Turns the scores [key], `stride` floats apart, of the visible keys into weights, in place.
 template <int VECTORS>
 inline void to_weights(float* scores, int64_t stride, const Lanes& lanes, int64_t head_dim, int64_t first,
-                       Visible visible, float factor) {
+                       Visible visible, const Logits& logits) {
+  const float factor = logits.softcap > 0 ? 1.0f : logits.factor;
+  if (logits.softcap > 0) cap<VECTORS>(scores, stride, visible.any, logits);
   Floats top[VECTORS], sum[VECTORS];
   for (int j = 0; j < VECTORS; ++j) top[j] = splat(-INFINITY);
   for (int key = 0; key < visible.all; ++key)
@@ -110,7 +137,9 @@ inline void to_weights(float* scores, int64_t stride, const Lanes& lanes, int64_
   for (int key = visible.all; key < visible.any; ++key)
     for (int j = 0; j < VECTORS; ++j) {
       float* place = scores + key * stride + j * LANES;
-      const Ints seen = load(lanes.position + j * LANES) >= static_cast<int32_t>(first + key);
+      const Ints position = load(lanes.position + j * LANES);
+      const int32_t of_key = static_cast<int32_t>(first + key);
+      const Ints seen = (position >= of_key) & (position - logits.window < of_key);
       const Floats score = seen ? load(place) : splat(-INFINITY);
       store(place, score);
       top[j] = larger(score, top[j]);
@@ -182,7 +211,14 @@ class RowState {
       const bool empty = sum_[row] == 0;
       places[i] = row % queries_.num_heads * results.head_tokens + row / queries_.num_heads;
       shares[i] = empty ? 0.0f : 1.0f / sum_[row];
-      results.lse[places[i]] = empty ? -INFINITY : (top_[row] + std::log2(sum_[row])) * LN_2;
+      float lse = empty ? -INFINITY : (top_[row] + std::log2(sum_[row])) * LN_2;
+      if (results.sinks) {
+        const float sink = results.sinks[row % queries_.num_heads];
+        const float whole = std::max(lse, sink) + std::log1p(std::exp(-std::abs(lse - sink)));
+        shares[i] *= std::exp(lse - whole);
+        lse = whole;
+      }
+      results.lse[places[i]] = lse;
     }
     int64_t d = 0;
     for (; d + LANES <= head_dim; d += LANES) {

@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
+from configs.triton_softmax import LN_2, LOG2_E, fold, load_page, logits
 from sparse.attention import Attended
 from sparse.base import Chunk, KeyView
 from sparse.selection import ALL, BlockLists, Selection, num_query_blocks
-
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2))
 
 # ----------------------------------------------------------------------
 # the kernel
@@ -30,54 +29,12 @@ LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _logits(q, keys, factor, SOFTCAP: tl.constexpr):
-    """q [M, D], keys [N, D] -> scores [M, N]: raw ones, or with a softcap base-2 logits."""
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
-    if SOFTCAP > 0:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)) saturates rightly where exp overflows
-        scores = LOG2_E * SOFTCAP * (1 - 2 / (1 + tl.exp2(scores * factor)))
-    return scores
-
-
-@triton.jit
-def _fold(acc, peak, total, scores, values, factor, bias):
-    """One step of the online softmax in base 2. `bias` is 0, or -inf where the whole step must not count.
-
-    acc [M, D], peak [M], total [M], scores [M, N] with -inf where masked, values [N, D].
-    """
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * factor + bias)
-    # a row that has seen nothing yet: exp2(-inf), never exp2(-inf - -inf)
-    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(scores * factor + (bias - shift)[:, None])
-    decay = tl.exp2(peak - shift)
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
-    return acc, new_peak, total
-
-
-@triton.jit
 def _unit(indices, first, i, is_all, DENSE: tl.constexpr):
     """The i-th page of a list; of a list that says ALL, page i."""
     if DENSE:
         return i
     else:
         return tl.where(is_all, i, tl.load(indices + first + i, mask=is_all == 0, other=0))
-
-
-@triton.jit
-def _load_page(
-    pool, page, length, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr
-):
-    """The first `length` keys of a page as [PAGE, BLOCK_D], zeros after them; 0 of a dropped page."""
-    offset_n = tl.arange(0, PAGE)
-    offset_d = tl.arange(0, BLOCK_D)
-    # a 64-bit base and 32-bit offsets inside the page: the offsets stay in registers over the whole list
-    pointers = pool + page.to(tl.int64) * (PAGE * D) + (offset_n[:, None] * D + offset_d[None, :])
-    mask = (offset_n < length)[:, None]
-    if BLOCK_D != D:
-        mask = mask & (offset_d < D)[None, :]
-    tile = tl.load(pointers, mask=mask, other=0.0)
-    return tile.to(tl.float32) if UPCAST else tile
 
 
 @triton.jit(do_not_specialize=["start", "num_rows", "num_blocks", "stride_pages", "stride_lse_head"])
@@ -195,11 +152,11 @@ def _attend_kernel(
         for i in tl.range(begin, full):
             page = tl.load(page_row + _unit(indices, first, i, is_all, DENSE))
             length = tl.where(page >= 0, PAGE, 0)
-            keys = _load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-            values = _load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-            scores = _logits(q_tile, keys, factor, SOFTCAP)
+            keys = load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+            values = load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+            scores = logits(q_tile, keys, factor, SOFTCAP)
             bias = tl.where(page >= 0, 0.0, float("-inf"))
-            acc, peak, total = _fold(acc, peak, total, scores, values, fold_factor, bias)
+            acc, peak, total = fold(acc, peak, total, scores, values, fold_factor, bias)
 
     # with a window this loop reads everything, else two pages at most: not worth filling a pipeline for
     for i in tl.range(full, end, num_stages=None if WINDOW > 0 else 1):
@@ -207,15 +164,15 @@ def _attend_kernel(
         page = tl.load(page_row + unit)
         # beyond the last token the page is unwritten memory: 0 * NaN would reach the sum
         length = tl.where(page >= 0, end_position - unit * PAGE, 0)
-        keys = _load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-        values = _load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+        keys = load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+        values = load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
         key_positions = unit * PAGE + tl.arange(0, PAGE)
         visible = key_positions[None, :] <= positions[:, None]
         if WINDOW > 0:
             visible &= key_positions[None, :] > positions[:, None] - WINDOW
-        scores = tl.where(visible, _logits(q_tile, keys, factor, SOFTCAP), float("-inf"))
+        scores = tl.where(visible, logits(q_tile, keys, factor, SOFTCAP), float("-inf"))
         bias = tl.where(page >= 0, 0.0, float("-inf"))
-        acc, peak, total = _fold(acc, peak, total, scores, values, fold_factor, bias)
+        acc, peak, total = fold(acc, peak, total, scores, values, fold_factor, bias)
 
     if UNIT > 0:
         # gathered units lie before the block, so causality asks nothing. ALL reads them as pages already.
@@ -243,8 +200,8 @@ def _attend_kernel(
                 visible = held[None, :] & (key_positions[None, :] > positions[:, None] - WINDOW)
             else:
                 visible = held[None, :]
-            scores = tl.where(visible, _logits(q_tile, keys, factor, SOFTCAP), float("-inf"))
-            acc, peak, total = _fold(acc, peak, total, scores, values, fold_factor, 0.0)
+            scores = tl.where(visible, logits(q_tile, keys, factor, SOFTCAP), float("-inf"))
+            acc, peak, total = fold(acc, peak, total, scores, values, fold_factor, 0.0)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: out 0, lse -inf
     acc = acc / total[:, None]
@@ -325,24 +282,6 @@ def _architecture(device: torch.device) -> int:
         return 90  # interpreted: any of them will do
     major, _ = torch.cuda.get_device_capability(device)
     return min(max(major, 8), 10) * 10
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """What some families do to attention beyond scale and causality; None = does not."""
-
-    window: int | None = None  # key j is visible to query i where i - j < window
-    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
-    sinks: Tensor | None = (
-        None  # [Hq] float32, natural log: a logit without a value, in each row's softmax and lse
-    )
-
-    def __post_init__(self) -> None:
-        assert self.window is None or self.window > 0, self.window
-        assert self.softcap is None or self.softcap > 0, self.softcap
-
-
-NO_FEATURES = Features()
 
 
 def constants(

@@ -48,20 +48,45 @@ def test_only_files_with_gpu_tests_are_collected() -> None:
     assert all((ROOT / file).is_file() for file in files)
 
 
-def test_the_gpu_benchmark_refuses_a_machine_without_one() -> None:
-    done = run("benchmarks.gpu_attention", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
-    assert done.returncode == CANNOT_RUN and "no CUDA device" in done.stderr
-
-
-def test_the_gpu_benchmark_runs_interpreted(tmp_path: Path) -> None:
+def test_the_attention_benchmark_runs_interpreted(tmp_path: Path) -> None:
     done = run(
-        *("benchmarks.gpu_attention", "--lengths", "256", "--heads", "4", "2", "--head-dim", "16"),
+        *("benchmarks.gpu_attention", "--lengths", "256", "--heads", "2", "2", "--head-dim", "16"),
         *("--dtype", "float32", "--rounds", "1", "--out", str(tmp_path)),
         TRITON_INTERPRET="1",
     )
     assert done.returncode == 0, done.stderr
-    rows = {row["case"]: row for row in json.loads((tmp_path / "gpu_attention.json").read_text())["rows"]}
+    results = json.loads((tmp_path / "gpu_attention.json").read_text())
+    rows = {row["case"]: row for row in results["rows"]}
+    assert [row["case"] for row in results["index"]] == [
+        "estimator, 64 rows",
+        "select for 128 rows, estimator included",
+        "attention over what was selected",
+    ]
     assert rows["dense"]["density"] == rows["dense, chunks of 8192"]["density"] == 1
     # two query blocks of 128: the pages of the first, and of the second its own and page 0 of two past ones
     assert rows["sparse 5%"]["density"] == pytest.approx((128 * 129 / 2 * 2 + 128 * 64) / (256 * 257 / 2))
     assert rows["half dense, half 2%"]["density"] == pytest.approx((1 + rows["sparse 5%"]["density"]) / 2)
+
+
+def test_the_decode_benchmark_runs_interpreted(tmp_path: Path) -> None:
+    done = run(
+        *("benchmarks.gpu_decode", "--rows", "1x200", "2x70", "--layers", "2", "--heads", "4", "2"),
+        *("--head-dim", "16", "--dtype", "float32", "--rounds", "1", "--compact", "128"),
+        *("--compact-layers", "2", "--out", str(tmp_path)),
+        TRITON_INTERPRET="1",
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gpu_decode.json").read_text())
+    rows = {(row["case"], row["batch"], row["tokens"]): row for row in results["rows"]}
+    assert set(rows) == {(case, *each) for case in ("attention", "step") for each in ((1, 200), (2, 70))}
+    keys_and_values = 2 * 2 * 2 * 16 * 4  # layers, KV heads, keys and values, bytes of a head
+    assert rows["attention", 2, 70]["gb"] == pytest.approx(2 * 70 * keys_and_values / 1e9)
+    assert rows["step", 2, 70]["gb"] > rows["attention", 2, 70]["gb"]
+    assert {each["moves"] for each in results["compaction"]} == {"triton", "torch"}
+    assert all(20 < each["kept"] < 45 for each in results["compaction"])
+
+
+@pytest.mark.parametrize("benchmark", ["gpu_attention", "gpu_decode"])
+def test_the_gpu_benchmarks_refuse_a_machine_without_one(benchmark: str) -> None:
+    done = run(f"benchmarks.{benchmark}", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
+    assert done.returncode == CANNOT_RUN and "no CUDA device" in done.stderr

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import concurrency, kv_memory, ttft
+from benchmarks import concurrency, context_extension, kv_memory, layers, ttft
 from benchmarks.prompts import load_text, load_tokenizer
 from tests.benchmarks.builders import save_model, save_plan, save_text
 
@@ -54,6 +54,31 @@ def test_huggingface_and_farspan_start_with_the_same_token(tmp_path: Path, model
     found = peer.model(torch.tensor([prompt])).logits[0, -1].argmax()
     assert {peer.first_token(prompt, cache) for cache in ttft.HF_CACHES} == {int(found)}
     assert ours.first_token(prompt, "dense")["prefill_read_fraction"] == 1
+
+
+def test_context_extension_counts_needles_with_each_scaling(tmp_path: Path, model: Path) -> None:
+    flags = ("--lengths", "320", "600", "--scalings", "none", "linear:2", "--needles", "2", "--prompts", "1")
+    content = run(context_extension.main, "context_extension", tmp_path, model, *flags)
+    rows = {(row["scaling"], row["length"]): row for row in content["rows"]}
+    assert set(rows) == {(scaling, length) for scaling in ("none", "linear:2") for length in (320, 600)}
+    assert all(row["needles"] == 2 and 0 <= row["digit_accuracy"] <= 1 for row in rows.values())
+    changed = [rows[scaling, 600]["digit_log_probability"] for scaling in ("none", "linear:2")]
+    assert changed[0] != changed[1]
+
+
+def test_layers_are_timed_fused_and_as_they_are(tmp_path: Path, model: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        layers.main(
+            ["--model", str(model), "--tokens", "1", "20", "--rounds", "1", "--out", str(tmp_path), *THREADS]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "layers.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1, 20]
+    for row in rows:
+        ratio = row["huggingface"]["wall_s"] / row["farspan"]["wall_s"]
+        assert row["speedup"] == pytest.approx(ratio, rel=0.05)
 
 
 def test_no_prompt_of_ttft_starts_like_another(tmp_path: Path, model: Path) -> None:

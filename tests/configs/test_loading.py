@@ -28,6 +28,10 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
         ("servers: {port: 1}", ["servers", "'server'"]),
         ("server: {port: 70000}", ["server.port", "65535", "70000"]),
         ("engine: {max_model_len: 8x}", ["engine.max_model_len: '8x' is not a number"]),
+        ("engine: {rope_scaling: 'ntk:2'}", ["engine.rope_scaling: ", "'ntk:2'", "linear:FACTOR", "yarn:2"]),
+        ("engine: {rope_scaling: 'yarn:1'}", ["engine.rope_scaling: ", "'yarn:1'", "above 1"]),
+        ("engine: {rope_scaling: yarn}", ["engine.rope_scaling: ", "'yarn'", "yarn:FACTOR"]),
+        ("engine: {rope_scaling: 'linear:inf'}", ["engine.rope_scaling: ", "'linear:inf'"]),
         ("engine: {max_model_len: 0}", ["engine.max_model_len: ", "greater than or equal to 1"]),
         ("scheduler: {prefill_share: 0}", ["scheduler.prefill_share", "greater than 0"]),
         ("server: 5", ["server"]),
@@ -57,10 +61,19 @@ def test_every_shipped_plan_loads() -> None:
     assert shipped_plans() == [
         "ada-snapkv",
         "dense",
+        "flashprefill",
+        "flexprefill",
+        "hip",
+        "mean-pool",
         "minference",
         "minference-snapkv",
+        "moa",
+        "moa-smollm2",
         "pyramidkv",
+        "s2",
         "snapkv",
+        "streaming",
+        "xattention",
     ]
     for name in shipped_plans():
         assert load_plan(name).name == name

@@ -1,15 +1,19 @@
 """The choice of kernels: compiled where a compiler is, torch where not, and the same answers from both."""
 
+import sys
+
 import pytest
 import torch
 
 import kvcache.decode
+import kvcache.kernels
 import kvcache.kernels.cpu
 import sparse.attention
 import sparse.kernels.cpu
 from configs.native import compiler
 from engine.kernels import Kernels, kernels_for
 from tests.tiny import greedy, make_prompt, plan, tiny_engine, tiny_model
+from tests.triton_cases import run_cases
 
 PARTS = {
     "prefill": {"method": "minference", "chunk": 128, "vertical": 40, "slash": 100},
@@ -41,3 +45,29 @@ def test_compiled_and_torch_attention_give_the_same_tokens(parts: dict[str, dict
         for kernels in (Kernels(), kernels_for(torch.device("cpu")))
     ]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "interpreted",
+    [
+        pytest.param(True, id="in the interpreter"),
+        pytest.param(False, id="on the GPU", marks=pytest.mark.gpu),
+    ],
+)
+def test_triton_and_torch_give_the_same_tokens(interpreted: bool) -> None:
+    pytest.importorskip("triton")
+    run_cases("tests/engine/triton_engine_cases.py", interpreted=interpreted)
+
+
+def test_a_gpu_runs_triton_where_it_can_be_imported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    chosen = kernels_for(torch.device("cuda"))
+    for name in Kernels.__dataclass_fields__:
+        assert ".kernels.triton_" in getattr(chosen, name).__module__, name
+    assert not caplog.records
+    monkeypatch.setitem(sys.modules, "kvcache.kernels.triton_store", None)
+    monkeypatch.delattr(kvcache.kernels, "triton_store")
+    assert kernels_for(torch.device("cuda")) == Kernels()
+    assert "Triton cannot be imported" in caplog.text

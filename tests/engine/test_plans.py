@@ -1,5 +1,6 @@
 """Plans against a model: what resolves, what is refused and in which words, and which digest names it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from sparse.minference import MInference
 from tests.tiny import plan
 
 MODEL = ModelInfo("tiny", 4, 6, 2, 16, 256, 8192)
+SMOLLM2 = ModelInfo("SmolLM2-135M-Instruct", 30, 9, 3, 64, 49152, 8192)
 
 
 @pytest.mark.parametrize("name", shipped_plans())
 def test_every_shipped_plan_fits_a_model(name: str) -> None:
-    assert resolve_plan(load_plan(name), MODEL).card.name == name
+    model = SMOLLM2 if name.endswith("smollm2") else MODEL
+    assert resolve_plan(load_plan(name), model).card.name == name
 
 
 def test_layers_may_have_methods_of_their_own() -> None:
@@ -53,6 +56,29 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_path_of_the_key(
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
         resolve_plan(plan("mine", **parts), MODEL)
+    for word in ["mine.yaml", *words]:
+        assert word in str(refusal.value)
+
+
+SLIDING = replace(MODEL, windows=(256, None, 256, None))
+
+
+def test_layers_with_a_window_are_read_densely_within_it() -> None:
+    kinds = [type(method) for method in resolve_plan(plan(prefill={"method": "minference"}), SLIDING).methods]
+    assert kinds == [Dense, MInference, Dense, MInference]
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"prefill": {"layers": {"1-2": "minference"}}}, ["prefill.layers.1-2", "layer 2", "256 tokens"]),
+        ({"kv": {"policy": "snapkv"}}, ["kv.policy", "snapkv", "keep_all"]),
+        ({"kv": {"policy": "pyramidkv"}}, ["kv.policy", "pyramidkv", "keep_all"]),
+    ],
+)
+def test_what_a_window_rules_out_is_refused(parts: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        resolve_plan(plan("mine", **parts), SLIDING)
     for word in ["mine.yaml", *words]:
         assert word in str(refusal.value)
 

@@ -1,5 +1,6 @@
 """Resolving a configuration, sizing the cache, and the refusals that need no process."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from configs.errors import ConfigError
 from configs.loading import load_config
 from configs.schema import ServeConfig
+from engine import startup
+from engine.kernels import Kernels
 from engine.models import end_tokens, prepare_model
 from engine.startup import load, resolve
 from tests.tiny import save_tiny
@@ -54,6 +57,18 @@ def test_what_cannot_be_served_is_refused_before_weights_load(
     with pytest.raises(ConfigError) as refusal:
         resolve(config(folder, **flags))
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", Kernels.__dataclass_fields__)
+def test_a_server_starts_without_a_kernel_that_fails_here(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(startup, "kernels_for", lambda device: replace(Kernels(), **{name: broken}))
+    load(resolve(config(folder, plans=["minference-snapkv"])))  # warms up with a request of its own
+    assert f"kernel {name} is not used on cpu" in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

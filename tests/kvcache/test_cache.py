@@ -7,20 +7,20 @@ import torch
 from kvcache.cache import KVCache
 from kvcache.decode import attend_rows
 from kvcache.pool import OutOfPages
+from kvcache.prefix import chain_keys
 from tests.kvcache.builders import decode, filled, make_cache, make_model, prefill, random_tokens
 from tests.reference import attention
 
 ROWS = 4  # L * Hkv of the small cache
 
 
-def share(cache: KVCache, owner: int, borrower: int, blocks: int) -> None:
+def share(cache: KVCache, owner: int, borrower: int, blocks: int, *, pin: bool = True) -> None:
     """Let another slot read the first blocks of this one, as a prefix hit does."""
-    pages = cache.table.host[owner, :, :, :blocks]
-    cache.pool.retain(pages.ravel())
-    cache.table.host[borrower, :, :, :blocks] = pages
-    cache._take(borrower, pages.size)
-    cache._reserved[borrower] = blocks
-    cache.advance(borrower, blocks * 64)
+    tokens = np.arange(blocks * 64, dtype=np.int32)
+    keys = chain_keys(b"seed", tokens)
+    cache.publish(owner, keys, tokens, pin=pin)
+    chain = cache.prefix.find(keys, tokens)
+    cache.borrow(borrower, chain, left=None if pin else np.zeros((2, 2, blocks), dtype=bool))
 
 
 def attended(cache: KVCache, slots: list[int], q: torch.Tensor, layer: int) -> torch.Tensor:
@@ -56,9 +56,9 @@ def test_a_lowered_promise_admits_others() -> None:
     cache = make_cache(num_pages=16)
     slot, _, _ = filled(cache, 130, pages=16)
     assert not cache.can_admit(1)
-    with pytest.raises(AssertionError, match="11 promised, 16 before, 12 held"):
+    with pytest.raises(AssertionError, match="11 pages promised, 16 before, 12 held"):
         cache.promise(slot, 11)
-    with pytest.raises(AssertionError, match="17 promised"):
+    with pytest.raises(AssertionError, match="17 pages promised"):
         cache.promise(slot, 17)
     cache.promise(slot, 12)
     assert cache.can_admit(4)
@@ -312,14 +312,14 @@ def test_shared_pages_survive_compaction() -> None:
     cache.release(owner)
     cache.release(borrower)
     cache.check()
-    assert cache.usage().free == 40
+    assert cache.usage().free == 40 - 8 and cache.usage().cached == 8
 
 
 def test_a_borrower_that_leaves_takes_nothing_along() -> None:
     cache = make_cache(num_pages=40)
     owner, k, _ = filled(cache, 200, pages=16)
     borrower = cache.admit(12)
-    share(cache, owner, borrower, 3)
+    share(cache, owner, borrower, 3, pin=False)
     cache.drop(borrower, torch.tensor([True, False, False]).expand(2, 2, 3))
     cache.check()
     cache.release(borrower)
@@ -340,7 +340,7 @@ def test_tokens_of_dropped_pages_stay_dropped() -> None:
     cache.check()
 
 
-def test_a_sequence_is_packed_once() -> None:
+def test_a_sequence_is_compacted_once() -> None:
     cache = make_cache()
     slot, _, _ = filled(cache, 100)
     with pytest.raises(AssertionError, match="100 tokens computed"):
@@ -348,12 +348,35 @@ def test_a_sequence_is_packed_once() -> None:
     cache.compact(slot, torch.ones(2, 2, 100, dtype=torch.bool))
     for again in (
         lambda: cache.compact(slot, torch.ones(2, 2, 100, dtype=torch.bool)),
-        lambda: cache.pack(slot),
         lambda: cache.drop(slot, torch.zeros(2, 2, 1, dtype=torch.bool)),
         lambda: cache.reserve(slot, 128),
     ):
-        with pytest.raises(AssertionError, match="free or packed"):
+        with pytest.raises(AssertionError, match="compacted"):
             again()
+
+
+def test_pages_leave_packed_rows_from_anywhere_appended_ones_too() -> None:
+    """Two windows' worth of answer behind a packed prompt: rows go on at the right positions."""
+    cache = make_cache()
+    slot, k, v = filled(cache, 192, pages=24)
+    cache.drop(slot, torch.tensor([True, False, False]).expand(2, 2, 3))
+    cache.pack(slot)
+    for _ in range(130):
+        step = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4)
+        k, v = (torch.cat((old, new.transpose(1, 2)), dim=2) for old, new in zip((k, v), step, strict=True))
+        decode(cache, [slot], *step)
+    blocks = torch.zeros(2, 2, 5, dtype=torch.bool)
+    blocks[0, 0, 3], blocks[1, 1, [1, 4]] = True, True  # of blocks 1 to 5: one that was appended, and two
+    cache.drop(slot, blocks)
+    cache.check()
+    kept = {(0, 0): [1, 2, 4, 5], (1, 1): [2, 3, 5]}
+    for layer in range(2):
+        view = cache.view(slot, layer, 322)
+        for head in range(2):
+            of_row = kept.get((layer, head), [1, 2, 3, 4, 5])
+            positions = [p for block in of_row for p in range(64 * block, min(64 * block + 64, 322))]
+            assert view.positions[head][: len(positions)].tolist() == positions
+            assert torch.equal(view.contiguous()[1][head, : len(positions)], v[layer, head, positions])
 
 
 def test_keeping_everything_reads_like_no_compaction_bit_for_bit() -> None:
@@ -388,17 +411,17 @@ def test_everything_returns_on_release() -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda c, s: c.pool.retain(c.table.host[s, 0, 0, :1]), "2 references, 1 in tables"),
-        (lambda c, s: c.table.host.__setitem__((s, 0, 0, 0), -1), "1 references, 0 in tables"),
+        (lambda c, s: c.pool.retain(c.table.host[s, 0, 0, :1]), "2 references, 1 in tables and columns"),
+        (lambda c, s: c.table.host.__setitem__((s, 0, 0, 0), -1), "1 references, 0 in tables and columns"),
         (
             lambda c, s: c.table.host.__setitem__((s, 0, 0, 0), c.table.host[s, 1, 1, 0]),
             "references, . in tables",
         ),
         (lambda c, s: c.held.host.__setitem__(s, 129), "more tokens than their pages"),
         (lambda c, s: c.held.host.__setitem__(s, 90), "do not explain"),
-        (lambda c, s: c._promised.__setitem__(s, 7), "promised"),
-        (lambda c, s: c._promised.__setitem__(s, 65), "65 pages promised of 64"),
-        (lambda c, s: c._pages_held.__setitem__(s, 7), "counted"),
+        (lambda c, s: c.promises._promised.__setitem__(s, 7), "promised"),
+        (lambda c, s: c.promises._promised.__setitem__(s, 65), "65 pages promised of 64"),
+        (lambda c, s: c.promises._own.__setitem__(s, 7), "counted"),
         (lambda c, s: c._is_live.__setitem__(s, False), "free slot 0 still has"),
     ],
 )

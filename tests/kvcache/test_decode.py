@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -85,9 +86,9 @@ def test_one_long_row_does_not_pad_short_ones(monkeypatch: pytest.MonkeyPatch) -
     gathered: list[int] = []
     attend_group = kvcache.decode._attend_group
 
-    def counting(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, lengths: Tensor, room: Tensor) -> Tensor:
-        gathered.append(pages.numel())
-        return attend_group(q, k, v, pages, lengths, room)
+    def counting(group: kvcache.decode._Group, *rest: Any) -> Tensor:
+        gathered.append(group.pages.numel())
+        return attend_group(group, *rest)
 
     monkeypatch.setattr(kvcache.decode, "_attend_group", counting)
     rows = make_rows([[4096], *[[64]] * 15], 3, 16)

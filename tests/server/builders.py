@@ -10,19 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
-import uvicorn
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.schema import ServerConfig
 from engine.errors import EngineDead
-from engine.messages import Cost, FinishReason, ModelCard, PlanCard, Stats, Submit, TokenOutput
+from engine.messages import (
+    Cost,
+    FinishReason,
+    LayerRun,
+    Logprobs,
+    ModelCard,
+    PlanCard,
+    Stats,
+    Submit,
+    TokenOutput,
+)
+from server import serve
 from server.app import build_app
+from server.auth import Keys
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
 
 MODEL = "tiny"
 CONTEXT = 256
+LAYERS = (LayerRun(0, 1, "dense", {}), LayerRun(2, 3, "minference", {"query_window": 64}))
 PATIENCE = 30.0  # seconds until a test gives up
 TEMPLATE = """{% for message in messages %}{% if message['role'] not in ('system', 'user', 'assistant') %}{{
 raise_exception('no role ' + message['role']) }}{% endif %}{{ '<|im_start|>' + message['role'] + '
@@ -84,6 +97,10 @@ def say(*tokens: int, reason: FinishReason = FinishReason.LENGTH) -> Script:
                 (token,),
                 finish_reason=reason if index == last else None,
                 cost=cost() if index == 0 else None,
+                logprobs=(likely(token, submit.sampling.logprobs),)
+                if submit.sampling.logprobs is not None
+                else (),
+                prompt_logprobs=of_prompt(submit) if index == 0 else (),
             )
             for index, token in enumerate(tokens)
         ]
@@ -91,12 +108,23 @@ def say(*tokens: int, reason: FinishReason = FinishReason.LENGTH) -> Script:
     return script
 
 
+def likely(token: int, count: int) -> Logprobs:
+    """Made-up logprobs of a token that is the second most likely: -token/1000 after the one before it."""
+    top = ((token - 1, -0.001), (token, -token / 1000), *((other, -9.0) for other in range(40)))
+    return Logprobs(-token / 1000, 2, top[:count])
+
+
+def of_prompt(submit: Submit) -> tuple[Logprobs, ...]:
+    count = submit.sampling.prompt_logprobs
+    return () if count is None else tuple(likely(token, count) for token in submit.tokens[1:])
+
+
 def then(script: Script, *more: Step) -> Script:
     """The steps of a script without its end, and then others."""
 
     def extended(submit: Submit) -> Sequence[Step]:
         steps = [
-            TokenOutput(step.request_id, step.tokens, cost=step.cost)
+            msgspec.structs.replace(step, finish_reason=None)
             for step in script(submit)
             if isinstance(step, TokenOutput)
         ]
@@ -111,7 +139,8 @@ class FakeEngine:
     def __init__(self, script: Script) -> None:
         self.script = script
         plans = tuple(
-            PlanCard(name, f"{name}-digest", "dense", "snapkv", "full", 8) for name in ("sparse", "dense")
+            PlanCard(name, f"{name}-digest", "dense", "snapkv", "full", 8, layers=LAYERS)
+            for name in ("sparse", "dense")
         )
         self.card = ModelCard(MODEL, CONTEXT, 300, plans, "cpu", "float32", num_pages=100, page_bytes=64)
         self.stats = Stats(
@@ -153,13 +182,11 @@ class FakeEngine:
 @contextmanager
 def http_server(engine: FakeEngine, folder: Path, **config: Any) -> Iterator[str]:
     """A real server on a free port, in a thread of its own; its base URL."""
-    app = build_app(engine, Tokenizer(folder), ServerConfig(**config), Metrics(MODEL, engine))
+    settings = ServerConfig(**{"shutdown_timeout": 5.0, **config})
+    keys = Keys.of(settings)
+    app = build_app(engine, Tokenizer(folder), settings, Metrics(MODEL, engine), keys)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5
-        )
-    )
+    server = serve.http_server(app, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -170,6 +197,7 @@ def http_server(engine: FakeEngine, folder: Path, **config: Any) -> Iterator[str
         thread.join(PATIENCE)
         listener.close()
         assert not thread.is_alive()
+    assert app.limits.is_idle, "a request was never closed"
 
 
 def until(condition: Callable[[], Any]) -> None:

@@ -70,6 +70,18 @@ def refused(
     return message
 
 
+def tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def past_call(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def schema_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}}
+
+
 # name of the case: (path, changes to a good body, status, code, param)
 FIELDS: dict[str, tuple[str, dict[str, Any], int, str, str | None]] = {
     "unknown model": (CHAT, {"model": "gpt-9"}, 404, "model_not_found", "model"),
@@ -88,12 +100,33 @@ FIELDS: dict[str, tuple[str, dict[str, Any], int, str, str | None]] = {
         "invalid_value",
         "messages.0.role",
     ),
-    "tool role": (
+    "a tool's result without its call": (
         CHAT,
-        {"messages": [{"role": "tool", "content": "", "tool_call_id": "1"}]},
+        {"messages": [{"role": "tool", "content": ""}]},
         400,
         "invalid_value",
-        "messages.0.role",
+        "messages.0",
+    ),
+    "a user's result": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "", "tool_call_id": "1"}]},
+        400,
+        "invalid_value",
+        "messages.0",
+    ),
+    "a user's calls": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "", "tool_calls": [past_call("{}")]}]},
+        400,
+        "invalid_value",
+        "messages.0",
+    ),
+    "arguments that are no JSON": (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [past_call("{")]}]},
+        400,
+        "invalid_value",
+        "messages.0.tool_calls.0.function.arguments",
     ),
     "no content": (
         CHAT,
@@ -124,8 +157,8 @@ FIELDS: dict[str, tuple[str, dict[str, Any], int, str, str | None]] = {
         CHAT,
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
         400,
-        "invalid_value",
-        "messages.0.tool_calls",
+        "missing_required_parameter",
+        "messages.0.tool_calls.0.function",
     ),
     "unknown key in a message": (
         CHAT,
@@ -213,29 +246,239 @@ FIELDS: dict[str, tuple[str, dict[str, Any], int, str, str | None]] = {
     ),
     "a billion choices": (CHAT, {"n": 10**9}, 400, "unsupported_parameter", "n"),
     "n true": (CHAT, {"n": True}, 400, "unsupported_parameter", "n"),
-    "logprobs": (CHAT, {"logprobs": True}, 400, "unsupported_parameter", "logprobs"),
-    "logprobs 0 of a completion": (TEXT, {"logprobs": 0}, 400, "unsupported_parameter", "logprobs"),
-    "prompt_logprobs -1": (TEXT, {"prompt_logprobs": -1}, 400, "unsupported_parameter", "prompt_logprobs"),
-    "tools": (CHAT, {"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
-    "a forced tool": (CHAT, {"tool_choice": "required"}, 400, "unsupported_parameter", "tool_choice"),
-    "json": (
-        CHAT,
-        {"response_format": {"type": "json_object"}},
+    "logprobs as a number in a chat": (CHAT, {"logprobs": 5}, 400, "invalid_type", "logprobs"),
+    "top_logprobs alone": (CHAT, {"top_logprobs": 5}, 400, "invalid_value", None),
+    "top_logprobs -1": (CHAT, {"logprobs": True, "top_logprobs": -1}, 400, "invalid_value", "top_logprobs"),
+    "top_logprobs 21": (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
+    "logprobs true in a completion": (TEXT, {"logprobs": True}, 400, "invalid_type", "logprobs"),
+    "logprobs 21": (TEXT, {"logprobs": 21}, 400, "invalid_value", "logprobs"),
+    "logprobs -1": (TEXT, {"logprobs": -1}, 400, "invalid_value", "logprobs"),
+    "prompt_logprobs -1": (TEXT, {"prompt_logprobs": -1}, 400, "invalid_value", "prompt_logprobs"),
+    "prompt_logprobs of a vocabulary": (
+        TEXT,
+        {"prompt_logprobs": 299},
         400,
-        "unsupported_parameter",
+        "invalid_value",
+        "prompt_logprobs",
+    ),
+    "prompt_logprobs in a stream": (
+        TEXT,
+        {"prompt_logprobs": 1, "stream": True},
+        400,
+        "invalid_value",
+        None,
+    ),
+    "min_p above": (CHAT, {"min_p": 1.1}, 400, "invalid_value", "min_p"),
+    "min_p below": (CHAT, {"min_p": -0.1}, 400, "invalid_value", "min_p"),
+    "repetition_penalty 0": (CHAT, {"repetition_penalty": 0}, 400, "invalid_value", "repetition_penalty"),
+    "repetition_penalty -1": (CHAT, {"repetition_penalty": -1}, 400, "invalid_value", "repetition_penalty"),
+    "presence_penalty above": (CHAT, {"presence_penalty": 2.1}, 400, "invalid_value", "presence_penalty"),
+    "frequency_penalty below": (CHAT, {"frequency_penalty": -3}, 400, "invalid_value", "frequency_penalty"),
+    "frequency_penalty as text": (CHAT, {"frequency_penalty": "1"}, 400, "invalid_type", "frequency_penalty"),
+    "a bias below the vocabulary": (CHAT, {"logit_bias": {"-1": 1}}, 400, "invalid_value", "logit_bias"),
+    "a bias at the vocabulary": (CHAT, {"logit_bias": {"300": 1}}, 400, "invalid_value", "logit_bias"),
+    "a bias of 2**31": (CHAT, {"logit_bias": {str(2**31): 1}}, 400, "invalid_value", "logit_bias"),
+    "a bias of 2**200": (CHAT, {"logit_bias": {str(2**200): 1}}, 400, "invalid_value", "logit_bias"),
+    "a bias by name": (CHAT, {"logit_bias": {"fox": 1}}, 400, "invalid_value", "logit_bias"),
+    "a bias in other digits": (CHAT, {"logit_bias": {"\u0665": 1}}, 400, "invalid_value", "logit_bias"),
+    "too large a bias": (CHAT, {"logit_bias": {"5": 101}}, 400, "invalid_value", "logit_bias.5"),
+    "a bias as text": (CHAT, {"logit_bias": {"5": "1"}}, 400, "invalid_type", "logit_bias.5"),
+    "too many biases": (
+        CHAT,
+        {"logit_bias": {str(n): 1 for n in range(1025)}},
+        400,
+        "invalid_value",
+        "logit_bias",
+    ),
+    "biases as a list": (CHAT, {"logit_bias": [[5, 1]]}, 400, "invalid_type", "logit_bias"),
+    "min_tokens -1": (CHAT, {"min_tokens": -1}, 400, "invalid_value", "min_tokens"),
+    "min_tokens above the limit": (CHAT, {"min_tokens": 9, "max_tokens": 8}, 400, "invalid_value", None),
+    "min_tokens above the context": (CHAT, {"min_tokens": 2**40}, 400, "invalid_value", "min_tokens"),
+    "truncation to nothing": (
+        TEXT,
+        {"truncate_prompt_tokens": 0},
+        400,
+        "invalid_value",
+        "truncate_prompt_tokens",
+    ),
+    "truncation to -2": (
+        TEXT,
+        {"truncate_prompt_tokens": -2},
+        400,
+        "invalid_value",
+        "truncate_prompt_tokens",
+    ),
+    "timeout 0": (CHAT, {"timeout": 0}, 400, "invalid_value", "timeout"),
+    "timeout of a year": (CHAT, {"timeout": 3e7}, 400, "invalid_value", "timeout"),
+    "an empty salt": (CHAT, {"cache_salt": ""}, 400, "invalid_value", "cache_salt"),
+    "a long salt": (CHAT, {"cache_salt": "x" * 1025}, 400, "invalid_value", "cache_salt"),
+    "a salt of numbers": (CHAT, {"cache_salt": 5}, 400, "invalid_type", "cache_salt"),
+    "priority": (CHAT, {"priority": 1}, 400, "unsupported_parameter", "priority"),
+    "an echo of a chat": (CHAT, {"echo": True}, 400, "unsupported_parameter", "echo"),
+    "no answer and no echo": (TEXT, {"max_tokens": 0}, 400, "invalid_value", None),
+    "a tool without a function": (
+        CHAT,
+        {"tools": [{"type": "function"}]},
+        400,
+        "missing_required_parameter",
+        "tools.0.function",
+    ),
+    "a tool of another type": (
+        CHAT,
+        {"tools": [{"type": "web_search"}]},
+        400,
+        "invalid_value",
+        "tools.0.type",
+    ),
+    "a tool with an odd name": (
+        CHAT,
+        {"tools": [tool("a b")]},
+        400,
+        "invalid_value",
+        "tools.0.function.name",
+    ),
+    "too many tools": (CHAT, {"tools": [tool(f"f{n}") for n in range(129)]}, 400, "invalid_value", "tools"),
+    "two tools of one name": (CHAT, {"tools": [tool("f"), tool("f")]}, 400, "invalid_value", "tools"),
+    "tools of a template without": (CHAT, {"tools": [tool("f")]}, 400, "invalid_value", "tools"),
+    "a forced tool of none": (CHAT, {"tool_choice": "required"}, 400, "invalid_value", None),
+    "an unknown tool": (
+        CHAT,
+        {"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        400,
+        "invalid_value",
+        None,
+    ),
+    "an odd choice of tools": (CHAT, {"tool_choice": "any"}, 400, "invalid_value", "tool_choice"),
+    "tools and a format": (
+        CHAT,
+        {"tools": [tool("f")], "response_format": {"type": "json_object"}},
+        400,
+        "invalid_value",
+        None,
+    ),
+    "an unknown format": (
+        CHAT,
+        {"response_format": {"type": "xml"}},
+        400,
+        "invalid_value",
+        "response_format.type",
+    ),
+    "a schema without a schema": (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        400,
+        "missing_required_parameter",
+        "response_format.json_schema.schema",
+    ),
+    "a format without its schema": (
+        CHAT,
+        {"response_format": {"type": "json_schema"}},
+        400,
+        "invalid_value",
         "response_format",
     ),
-    "a penalty": (CHAT, {"frequency_penalty": 0.1}, 400, "unsupported_parameter", "frequency_penalty"),
-    "logit_bias": (CHAT, {"logit_bias": {"5": 1}}, 400, "unsupported_parameter", "logit_bias"),
-    "echo": (TEXT, {"echo": True}, 400, "unsupported_parameter", "echo"),
+    "a schema of an unknown type": (
+        CHAT,
+        schema_of({"type": "wrong"}),
+        400,
+        "invalid_value",
+        "response_format",
+    ),
+    "a schema from elsewhere": (
+        CHAT,
+        schema_of({"$ref": "http://127.0.0.1:9/schema.json"}),
+        400,
+        "invalid_value",
+        "response_format",
+    ),
+    "a schema of itself": (CHAT, schema_of({"$ref": "#"}), 400, "invalid_value", "response_format"),
+    "a broken regex": (
+        CHAT,
+        {"structured_outputs": {"regex": "(a"}},
+        400,
+        "invalid_value",
+        "structured_outputs",
+    ),
+    "a broken grammar": (
+        TEXT,
+        {"structured_outputs": {"grammar": "root ::= ("}},
+        400,
+        "invalid_value",
+        "structured_outputs",
+    ),
+    "a grammar of nothing": (
+        TEXT,
+        {"structured_outputs": {"grammar": "start: nowhere"}},
+        400,
+        "invalid_value",
+        "structured_outputs",
+    ),
+    "two structures": (
+        TEXT,
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        400,
+        "invalid_value",
+        "structured_outputs",
+    ),
+    "no structure": (TEXT, {"structured_outputs": {}}, 400, "invalid_value", "structured_outputs"),
+    "a schema that is no JSON": (
+        TEXT,
+        {"structured_outputs": {"json": "{"}},
+        400,
+        "invalid_value",
+        "structured_outputs.json",
+    ),
+    "too many choices to take": (
+        TEXT,
+        {"structured_outputs": {"choice": ["a"] * 2000}},
+        400,
+        "invalid_value",
+        "structured_outputs.choice",
+    ),
+    "a structure that must not end": (
+        TEXT,
+        {"structured_outputs": {"regex": "a"}, "ignore_eos": True},
+        400,
+        "invalid_value",
+        None,
+    ),
+    "vLLM's older name": (TEXT, {"guided_json": {}}, 400, "unsupported_parameter", "guided_json"),
     "suffix": (TEXT, {"suffix": "end"}, 400, "unsupported_parameter", "suffix"),
     "best_of": (TEXT, {"best_of": 2}, 400, "unsupported_parameter", "best_of"),
-    "template keys": (
+    "reserved template keys": (
         CHAT,
         {"chat_template_kwargs": {"tokenize": True}},
         400,
-        "unsupported_parameter",
+        "invalid_value",
         "chat_template_kwargs",
+    ),
+    "a template's special token": (
+        CHAT,
+        {"chat_template_kwargs": {"eos_token": "x"}},
+        400,
+        "invalid_value",
+        "chat_template_kwargs",
+    ),
+    "many template keys": (
+        CHAT,
+        {"chat_template_kwargs": {f"k{n}": n for n in range(100)}},
+        400,
+        "invalid_value",
+        "chat_template_kwargs",
+    ),
+    "large template keys": (
+        CHAT,
+        {"chat_template_kwargs": {"k": "x" * 20_000}},
+        400,
+        "invalid_value",
+        "chat_template_kwargs",
+    ),
+    "two ends of a prompt": (
+        CHAT,
+        {"continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "invalid_value",
+        None,
     ),
     "a chat's parameter in a completion": (
         TEXT,
@@ -375,7 +618,7 @@ def test_parameters_that_ask_for_nothing_are_accepted(
             assert response.status_code == 200, (name, value, response.text)
 
 
-@pytest.mark.parametrize("name", sorted(set(CHAT_NOTHING) - {"parallel_tool_calls"}))
+@pytest.mark.parametrize("name", sorted(CHAT_NOTHING))
 def test_parameters_that_ask_for_something_unserved_are_refused(running: Running, name: str) -> None:
     response = running.client.post(CHAT, json=chat_body(**{name: "something"}))
     refused(running, response, 400, "unsupported_parameter", name)

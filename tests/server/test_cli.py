@@ -10,8 +10,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from kvcache.decode import DECODE_METHODS
+from kvcache.policies import KV_POLICIES
 from server.cli import app
 from server.shadowing import ROOT, ShadowedPackage, refuse_shadowed_packages
+from sparse.methods import PREFILL_METHODS
 from tests.server.builders import save_tokenizer
 from tests.tiny import save_tiny
 
@@ -68,6 +71,15 @@ def test_help_shows_examples_and_the_flags_of_vllm() -> None:
 def test_version_is_one_line() -> None:
     ended = farspan("version")
     assert ended.exit_code == 0 and len(ended.stdout.splitlines()) == 1
+
+
+def test_plan_matrix_shows_every_method_and_policy_in_a_narrow_terminal() -> None:
+    shown = farspan("plan", "matrix")
+    assert shown.exit_code == 0
+    for name in (*PREFILL_METHODS, *KV_POLICIES, *DECODE_METHODS):
+        assert f"{name} " in shown.stdout
+    written = farspan("plan", "matrix", "--markdown").stdout
+    assert "| dense | page, shared | page, copied |" in written and "- **grid**: " in written
 
 
 def test_plan_check_shows_what_each_layer_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

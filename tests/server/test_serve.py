@@ -79,11 +79,21 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(model: Path, tmp_path
         assert last["farspan"]["plan"] == "dense"
         short = ask(server, plan="short").json()
         assert short["farspan"]["plan"] == "short" and short["farspan"]["kv_tokens_kept"] == 64
+        exact = ask(server, structured_outputs={"regex": "[a-c]{5}"}, logprobs=True).json()["choices"][0]
+        assert re.fullmatch("[a-c]{5}", exact["message"]["content"]) and exact["finish_reason"] == "stop"
+        assert len(exact["logprobs"]["content"]) == 6  # with the end
         assert httpx.get(f"{server.url}/readyz").status_code == 200
         assert "farspan:kv_cache_bytes" in httpx.get(f"{server.url}/metrics").text
 
         engine = server.engine()
-        server.process.terminate()
+        body = {"model": "tiny", "messages": MESSAGES, "stream": True, "ignore_eos": True, "max_tokens": 400}
+        with httpx.stream("POST", server.url + CHAT, json=body, timeout=PATIENCE) as response:
+            parts = response.iter_text()
+            text = next(parts)
+            server.process.terminate()
+            until(lambda: refuses_connections(server.url))
+            text += "".join(parts)
+        assert events(text)[-1]["choices"][0]["finish_reason"] == "length", "it was cut off"
         assert server.process.wait(PATIENCE) == 0
         assert not engine.is_running()
         assert [path.name for path in tmp_path.iterdir()] == ["short.yaml"]
@@ -110,6 +120,14 @@ def test_a_server_whose_engine_died_says_so_and_stays(model: Path, tmp_path: Pat
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(PATIENCE) == 0
+
+
+def refuses_connections(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/readyz", timeout=PATIENCE)
+    except httpx.ConnectError:
+        return True
+    return False
 
 
 def refused(*arguments: str) -> str:

@@ -123,3 +123,27 @@ def test_truncation_left_in_the_file_does_not_cut_prompts(tmp_path: Path) -> Non
     tokens.enable_padding(length=50)
     tokens.save(str(folder / "tokenizer.json"))
     assert 10 < len(Tokenizer(folder).encode("the quick " * 8, add_special_tokens=False)) < 50
+
+
+def test_tokens_are_bytes_that_add_up_to_the_text(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode(EMOJI, add_special_tokens=False)
+    assert b"".join(tokenizer.token_bytes(token) for token in tokens).decode() == EMOJI
+    assert tokenizer.token_bytes(2) == b"<|im_end|>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_tokens_of_sentencepiece_are_bytes_too(tmp_path: Path) -> None:
+    pieces = {"<unk>": 0, "\u2581the": 1, "fox": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    model = tokenizers.models.BPE(vocab=pieces, merges=[], unk_token="<unk>", byte_fallback=True)
+    tokens = tokenizers.Tokenizer(model)
+    tokens.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    tokens.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    ids = [1, 2, *(3 + byte for byte in "🦊".encode())]
+    assert b"".join(tokenizer.token_bytes(token) for token in ids).decode() == " thefox🦊"

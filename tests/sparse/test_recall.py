@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from configs.features import Features
 from sparse.attention import attend
 from sparse.recall import causal_cells, raise_to_floor, read_cells, recall, recall_rows
 from sparse.selection import ALL, ExactRows, Selection, dense, lists_from_mask
@@ -31,6 +32,27 @@ def test_recall_is_the_share_of_attention_on_selected_keys(
     part = attention(q.double(), k.double(), v.double(), mask, SCALE)[1]
     assert got.shape == (4, 16) and (got >= 0).all() and (got <= 1).all()
     torch.testing.assert_close(got.double(), (part - full).exp()[:, rows], atol=1e-5, rtol=1e-5)  # fp32
+
+
+def test_recall_is_of_capped_logits_where_a_model_caps_them() -> None:
+    q, k, v = make_qkv(64, 150, 4, 2)
+    chunk, features = make_chunk(64, 150), Features(softcap=2.0)
+    selection = random_selection(chunk, 4)
+    got = recall(q, make_keys(k, v), chunk, selection, scale=SCALE, softcap=2.0)
+    rows = recall_rows(chunk, selection)
+    full = attention(q.double(), k.double(), v.double(), causal(64, 150), SCALE, features)[1]
+    mask = selected_mask(selection, chunk)
+    part = attention(q.double(), k.double(), v.double(), mask, SCALE, features)[1]
+    torch.testing.assert_close(got.double(), (part - full).exp()[:, rows], atol=1e-5, rtol=1e-5)  # fp32
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 300), (90, 20), (99, 3), (100, 5), (640, 70)])
+@pytest.mark.parametrize("window", [None, 1, 100, 5000])
+def test_only_cells_within_a_window_are_causal(start: int, length: int, window: int | None) -> None:
+    chunk = make_chunk(start, length)
+    seen = [min(row + 1, window or row + 1) for row in range(start, start + length)]
+    assert causal_cells(chunk, 4, window) == 4 * sum(seen)
+    assert read_cells(dense(torch.device("cpu")), chunk, 4, window) == 4 * sum(seen)
 
 
 def test_recall_by_hand() -> None:

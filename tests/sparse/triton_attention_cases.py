@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.features import NO_FEATURES, Features
 from sparse.attention import Attended
 from sparse.attention import attend as twin
 from sparse.base import Chunk
-from sparse.kernels.triton_attention import NO_FEATURES, Features, _longest_first, attend
+from sparse.kernels.triton_attention import _longest_first, attend
 from sparse.selection import ALL, ExactRows, Selection, dense, lists_from_mask, num_query_blocks
 from tests.reference import attention, causal
 from tests.sparse.builders import (

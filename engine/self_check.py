@@ -1,0 +1,179 @@
+"""The kernels of a device, each compared with the torch code that defines it before anything is served."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.features import Features
+from configs.model import PAGE_SIZE, ModelInfo
+from engine.kernels import Kernels
+from kvcache.cache import CacheSize, KVCache
+from kvcache.pool import pages_for
+from kvcache.state import StateRegistry
+from sparse.base import Chunk
+from sparse.selection import Selection, dense, lists_from_mask, num_query_blocks
+
+log = logging.getLogger(__name__)
+
+LENGTH = 333  # tokens of the sequence that is tried: neither whole pages nor whole query blocks
+START = 130  # of its last chunk
+NUM_ROWS = 50  # that the estimator looks at
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}  # of the norm of the difference
+
+
+def checked(kernels: Kernels, model: ModelInfo, dtype: torch.dtype, device: torch.device) -> Kernels:
+    """These kernels, with torch in the place of those that fail or err on this device, as the log says."""
+    twins = Kernels()
+    for name, trial in TRIALS.items():
+        kernel, twin = getattr(kernels, name), getattr(twins, name)
+        reason = None if kernel is twin else _complaint(trial, kernel, twin, model, dtype, device)
+        if reason is not None:
+            log.warning("kernel %s is not used on %s, torch serves in its place: %s", name, device, reason)
+            kernels = replace(kernels, **{name: twin})
+    return kernels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Case:
+    """One random sequence of one layer of a model, in pages; the same whenever it is drawn."""
+
+    cache: KVCache
+    q: Tensor  # [Hq, LENGTH, D]
+    k: Tensor  # [Hkv, LENGTH, D]
+    v: Tensor
+    destinations: Tensor  # [Hkv, LENGTH]
+    features: tuple[Features, ...]  # that layers of the model have
+
+
+def _draw(model: ModelInfo, dtype: torch.dtype, device: torch.device) -> _Case:
+    heads, kv_heads = model.num_query_heads, model.num_kv_heads
+    pages = kv_heads * pages_for(LENGTH + 1)
+    cache = KVCache(
+        replace(model, num_layers=1),
+        CacheSize(pages, 1, LENGTH + PAGE_SIZE),
+        dtype=dtype,
+        device=device,
+        states=StateRegistry(),
+    )
+    slot = cache.admit(pages)
+    cache.reserve(slot, LENGTH)
+    cache.sync()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(n, LENGTH, model.head_dim, generator=generator).to(device, dtype)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    windows = {model.window(layer) for layer in range(model.num_layers)}
+    # a window longer than the sequence would mask nothing
+    features = tuple(Features(window and min(window, LENGTH // 2)) for window in windows)
+    return _Case(cache, q, k, v, cache.prefill_destinations(slot, 0, LENGTH)[0], features)
+
+
+def _attend(kernel: Any, case: _Case) -> list[Tensor]:
+    """Everything, under every window; lists of pages and gathered units, which go with no window."""
+    case.cache.write(case.k, case.v, case.destinations)
+    keys = case.cache.view(0, 0, LENGTH)
+    chunk = Chunk(START, LENGTH - START, LENGTH, LENGTH + 1, slot=0)
+    q = case.q[:, START:]
+    scale = q.shape[2] ** -0.5
+    attended = [
+        kernel(q, keys, chunk, dense(q.device), scale=scale, features=features) for features in case.features
+    ]
+    attended.append(kernel(q, keys, chunk, _lists(case, chunk), scale=scale))
+    return [tensor for each in attended for tensor in (each.out, each.lse)]
+
+
+def _lists(case: _Case, chunk: Chunk) -> Selection:
+    """Per KV head: random pages of the past and the block's own, and every third key of two other pages."""
+    num_heads, num_pages = case.k.shape[0], pages_for(LENGTH)
+    own = START // PAGE_SIZE + torch.arange(num_query_blocks(START, chunk.length, PAGE_SIZE))[:, None]
+    page = torch.arange(num_pages)
+    pages = torch.rand(num_heads, *own.shape[:1], num_pages, generator=torch.Generator().manual_seed(1)) < 0.5
+    pages = (pages & (page < own)) | (page == own)
+    key = torch.arange(num_pages * PAGE_SIZE)
+    alone = (key % 3 == 0) & (key // PAGE_SIZE < own) & ~pages.repeat_interleave(PAGE_SIZE, dim=2)
+    device = case.k.device
+    return Selection(
+        PAGE_SIZE, lists_from_mask(pages.to(device), PAGE_SIZE), lists_from_mask(alone.to(device), 1)
+    )
+
+
+def _attend_rows(kernel: Any, case: _Case) -> list[Tensor]:
+    cache = case.cache
+    cache.write(case.k, case.v, case.destinations)
+    cache.advance(0, LENGTH - 1)
+    cache.sync()
+    rows = cache.decode_rows([0])
+    return [
+        kernel(
+            case.q[None, :, -1],
+            cache.pool.k,
+            cache.pool.v,
+            rows.pages[0],
+            rows.held[0],
+            scale=case.q.shape[2] ** -0.5,
+            max_held=rows.max_held,
+            features=features,
+        )
+        for features in case.features
+    ]
+
+
+def _estimate(kernel: Any, case: _Case) -> list[Tensor]:
+    case.cache.write(case.k, case.v, case.destinations)
+    keys = case.cache.view(0, 0, LENGTH)
+    seen = kernel(case.q[:, -NUM_ROWS:], LENGTH - NUM_ROWS, keys, scale=case.q.shape[2] ** -0.5)
+    return [seen.columns, seen.diagonals, seen.out, seen.lse]
+
+
+def _store(kernel: Any, case: _Case) -> list[Tensor]:
+    kernel(case.cache.pool, case.k, case.v, case.destinations)
+    return [case.cache.pool.k, case.cache.pool.v]
+
+
+def _move_kept(kernel: Any, case: _Case) -> list[Tensor]:
+    case.cache.write(case.k, case.v, case.destinations)
+    num_heads, device = case.k.shape[0], case.k.device
+    keep = torch.rand(num_heads, LENGTH, generator=torch.Generator().manual_seed(1)).to(device) < 0.4
+    counts = keep.sum(1, dtype=torch.int32)
+    ids = torch.full((num_heads, int(counts.max())), -1, dtype=torch.int32, device=device)
+    pages = case.cache.table.device[0, 0]
+    kernel(case.cache.pool, keep, counts, pages, pages, ids)
+    return [case.cache.pool.k, case.cache.pool.v, ids]
+
+
+TRIALS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
+    "attend": _attend,
+    "attend_rows": _attend_rows,
+    "estimate": _estimate,
+    "store": _store,
+    "move_kept": _move_kept,
+}
+
+
+def _complaint(
+    trial: Callable[[Any, _Case], list[Tensor]],
+    kernel: Any,
+    twin: Any,
+    model: ModelInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """What is wrong with a kernel, or None."""
+    expected = trial(twin, _draw(model, dtype, device))
+    try:
+        found = trial(kernel, _draw(model, dtype, device))
+    except Exception as error:  # whatever a compiler or a launcher raises: the twin serves
+        return " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:1]])
+    for got, want in zip(found, expected, strict=True):
+        assert got.shape == want.shape, (got.shape, want.shape)
+        error_norm = float((got.double() - want.double()).norm() / want.double().norm())
+        if not error_norm <= TOLERANCES[dtype]:  # NaN never passes
+            return (
+                f"it differs from torch by {error_norm:.1e} of the norm, {TOLERANCES[dtype]:.0e} is allowed"
+            )
+    return None

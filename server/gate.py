@@ -1,0 +1,74 @@
+"""Gate: what every request passes before any route sees it: size of its head, name, API key, limits."""
+
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.errors import ServeError
+from server import errors
+from server.auth import Keys
+from server.limits import Limits, Visit
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # everything else, found or not, needs a key
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32 * 1024
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class Gate:
+    """Around the application. Its reply carries `x-request-id`: the client's own if that is a plain word."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
+        self._app = app
+        self._keys = keys
+        self.limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        visit = Visit(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = visit.request_id
+            await send(message)
+
+        try:
+            self._check_head(scope)
+            if scope["path"] in OPEN_PATHS:
+                await self._app(scope, receive, named)
+                return
+            self._identify(visit, headers)
+            self.limits.open(visit)
+        except ServeError as error:
+            await errors.reply(error)(scope, receive, named)
+            return
+        try:
+            scope.setdefault("state", {})["visit"] = visit
+            await self._app(scope, receive, named)
+        finally:
+            self.limits.close(visit)
+
+    @staticmethod
+    def _check_head(scope: Scope) -> None:
+        headers = scope["headers"]
+        size = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            raise errors.HeadTooLarge(
+                f"The request has {len(headers)} headers of {size} bytes; the limits are {MAX_HEADERS} and"
+                f" {MAX_HEADER_BYTES}."
+            )
+
+    def _identify(self, visit: Visit, headers: Headers) -> None:
+        if not self._keys.are_needed:
+            return
+        given = headers.getlist("authorization")
+        visit.key = self._keys.owner(given[0]) if len(given) == 1 else None
+        if visit.key is None:
+            words = "Incorrect API key provided." if given else "You didn't provide an API key."
+            raise errors.Unauthorized(f"{words} Send it as 'Authorization: Bearer KEY'.")

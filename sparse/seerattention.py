@@ -1,0 +1,109 @@
+"""SeerAttention: a small trained gate tells which pages a block of queries reads."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.model import PAGE_SIZE, ModelInfo
+from sparse.base import Chunk, KeyView, Rotation, StateRegistry
+from sparse.gate_files import Gate, read_gates
+from sparse.page_rules import check_range, forced_pages, read_pages, visible_pages
+from sparse.page_scores import block_pages, held_pages, key_pages
+from sparse.pattern_masks import page_means
+from sparse.selection import Selection
+
+
+@dataclass
+class SeerAttention:
+    """Read the pages that a gate over pooled queries and keys gives weight to. https://arxiv.org/abs/2410.13276
+
+    Gates see queries and keys before RoPE, and are rotated themselves to the start of their page. The first
+    and the rows' own page are always read, or a row might read nothing.
+    """
+
+    gates: Path | None = None  # weights of every layer's gate, .pth or .safetensors; must be given
+    threshold: float | None = 5e-4  # pages with more of the gate's softmax than this are read
+    ratio: float | None = None  # or this share of the pages up to the row, the best ones
+    last_rows_dense: int = 128  # last rows of a prompt that read everything
+    layers: list[Gate] = field(init=False, repr=False, compare=False, default_factory=list)  # [L]
+    grid = False
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.ratio is None):
+            raise ValueError(f"ratio ({self.ratio}) needs threshold: null, and one of the two must be given")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold ({self.threshold}) must be at least 0 and below 1")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio ({self.ratio}) must be above 0 and at most 1")
+        check_range(self, {"last_rows_dense": 0})
+
+    @property
+    def last_rows(self) -> int:
+        return self.last_rows_dense
+
+    def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
+        """Read the gates of this model."""
+        if self.gates is None:
+            raise ValueError("gates: seerattention needs a file of gates that were trained for the model")
+        self.layers = read_gates(files / self.gates, model)
+
+    def select(self, layer: int, q: Tensor, keys: KeyView, chunk: Chunk, *, scale: float) -> Selection:
+        num_tokens = chunk.start + chunk.length
+        block_page = block_pages(chunk, q.device)
+        mean_q = page_means(chunk.pre_rope()[0], chunk.start % PAGE_SIZE)  # [Hq, B, D]
+        pooled_k = pooled_keys(key_pages(keys, num_tokens), num_tokens, chunk.rotation)  # [Hkv, P, 3 D]
+        scores = gate_scores(self._gate(layer, q.device), mean_q, pooled_k, block_page, chunk.rotation)
+        held = held_pages(keys, num_tokens).repeat_interleave(q.shape[0] // pooled_k.shape[0], 0)
+        allowed = visible_pages(block_page, held.shape[1]) & held[:, None]  # [Hq, B, P]
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        if self.ratio is None:
+            assert self.threshold is not None
+            kept = scores.softmax(-1) > self.threshold
+        else:
+            rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            kept = rank < torch.ceil(self.ratio * (block_page + 1))[:, None]
+        forced = forced_pages(1, 1, block_page, held.shape[1])
+        return read_pages((kept & allowed) | forced, chunk, self.last_rows_dense)
+
+    def _gate(self, layer: int, device: torch.device) -> Gate:
+        """The gate of a layer, moved to the device when it is first used."""
+        if self.layers[layer].k.device != device:
+            self.layers[layer] = self.layers[layer].to(device)
+        return self.layers[layer]
+
+
+def pooled_keys(k: Tensor, num_tokens: int, rotation: Rotation | None) -> Tensor:
+    """Largest, smallest and mean of the keys of each page before RoPE, side by side: [Hkv, P, 3 D] float32.
+
+    k [Hkv, P, 64, D] after RoPE. The last page counts the tokens that it has.
+    """
+    num_heads, num_pages = k.shape[:2]
+    k = k.flatten(1, 2).float()  # [Hkv, P * 64, D]
+    positions = torch.arange(k.shape[1], device=k.device)
+    if rotation is not None:
+        k = rotation.undo(k, positions)
+    behind = (positions >= num_tokens)[:, None]
+    largest, smallest, total = (
+        k.masked_fill(behind, fill).view(num_heads, num_pages, PAGE_SIZE, -1)
+        for fill in (float("-inf"), float("inf"), 0.0)
+    )
+    counts = (num_tokens - PAGE_SIZE * torch.arange(num_pages, device=k.device)).clamp_max(PAGE_SIZE)
+    return torch.cat((largest.amax(2), smallest.amin(2), total.sum(2) / counts[:, None]), dim=-1)
+
+
+def gate_scores(
+    gate: Gate, mean_q: Tensor, pooled_k: Tensor, block_page: Tensor, rotation: Rotation | None
+) -> Tensor:
+    """Logits of the gate: [Hq, B, P] float32. mean_q [Hq, B, D], pooled_k [Hkv, P, 3 D], before RoPE."""
+    num_heads, group = mean_q.shape[0], mean_q.shape[0] // pooled_k.shape[0]
+    if gate.k.shape[0] == num_heads:
+        pooled_k = pooled_k.repeat_interleave(group, 0)
+    k = pooled_k @ gate.k  # [H, P, D]
+    q = mean_q.float() if gate.q is None else mean_q.float() @ gate.q
+    if rotation is not None:
+        starts = PAGE_SIZE * torch.arange(k.shape[1], device=k.device)
+        q, k = rotation.apply(q, PAGE_SIZE * block_page), rotation.apply(k, starts)
+    k = k.repeat_interleave(num_heads // k.shape[0], 0)
+    return torch.bmm(q, k.mT) / float(q.shape[2] ** 0.5)
