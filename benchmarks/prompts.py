@@ -10,8 +10,8 @@ import tokenizers
 from benchmarks.common import CannotRun
 from benchmarks.parts import ROOT
 from configs.errors import ConfigError
-from configs.schema import EngineConfig
-from engine.models import prepare_model
+from configs.schema import DEFAULT_MODEL, EngineConfig
+from engine.models import packaged_model, prepare_model
 
 SHIPPED_TEXT = ROOT / "examples" / "texts" / "pride-and-prejudice.txt"
 
@@ -45,6 +45,13 @@ def model_folder(model: str) -> Path:
         return prepare_model(EngineConfig(model=model))
     except ConfigError as error:
         raise CannotRun(str(error)) from error
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that `model_folder` converts; None if the model comes as something else."""
+    if model == DEFAULT_MODEL:
+        return packaged_model()
+    return Path(model).expanduser() if model.endswith(".gguf") else None
 
 
 def load_tokenizer(folder: Path) -> Any:

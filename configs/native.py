@@ -81,10 +81,15 @@ def load_library(source: Path, *flags: str) -> ctypes.CDLL:
         raise BuildError(str(error)) from error
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $FARSPAN_CACHE/kernels, else ~/.cache/farspan/kernels."""
+def cache_root() -> Path:
+    """What is made once per machine is kept below: $FARSPAN_CACHE, else ~/.cache/farspan."""
     root = os.environ.get("FARSPAN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "farspan") / "kernels"
+    return Path(root) if root else Path.home() / ".cache" / "farspan"
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return cache_root() / "kernels"
 
 
 def _compile(command: list[str], file: Path) -> None:
@@ -132,7 +137,7 @@ def _key(source: Path, command: list[str]) -> str:
         str(binary.st_size),
         str(binary.st_mtime_ns),
         importlib.metadata.version("torch"),
-        _processor(),
+        processor(),
     ]
     digest = hashlib.sha256()
     for part in (*texts, *(fact.encode() for fact in facts)):
@@ -140,7 +145,7 @@ def _key(source: Path, command: list[str]) -> str:
     return digest.hexdigest()[:20]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the first processor says of itself that decides which instructions `-march=native` may use."""
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]

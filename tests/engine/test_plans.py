@@ -42,7 +42,6 @@ def test_layers_may_have_methods_of_their_own() -> None:
         ({"prefill": {"method": "minference", "vertical": True}}, ["prefill.vertical", "True"]),
         ({"prefill": {"method": "minference", "grid": False}}, ["prefill.grid", "cannot be set"]),
         ({"prefill": {"method": "minference", "heads": "none.json"}}, ["prefill", "none.json"]),
-        ({"prefill": {"dense_below": "auto"}}, ["prefill.dense_below", "number of tokens"]),
         ({"prefill": {"layers": {"3-4": "dense"}}}, ["prefill.layers.3-4", "layers 0 to 3"]),
         ({"prefill": {"layers": {"0": "sparse"}}}, ["prefill.layers", "'sparse'"]),
         ({"kv": {"policy": "snapkv", "budget": 10, "query_window": 32}}, ["kv", "budget", "10", "32"]),

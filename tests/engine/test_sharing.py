@@ -211,3 +211,16 @@ def test_an_abort_ends_every_choice_whenever_it_comes(network: torch.nn.Module) 
         assert sorted(end.choice for end in ends) == [0, 1, 2]
         assert not tiny.engine.has_work
         tiny.assert_empty()
+
+
+def test_kv_bytes_are_the_pages_that_rows_read_at_every_moment(network: torch.nn.Module) -> None:
+    tiny = sharing(network, "both", "dense", max_num_batched_tokens=256)
+    for n in range(3):
+        tiny.submit(f"{n}", document(question=n), greedy(10), "dense" if n else "both")
+    while tiny.engine.has_work:
+        stats = tiny.engine.step().stats
+        table = tiny.cache.table.host
+        assert stats.kv_bytes == len(set(table[table >= 0].tolist())) * tiny.cache.pool.page_bytes
+        pages = (stats.pages_free, stats.pages_cached, stats.pages_borrowed, stats.pages_private)
+        assert sum(pages) == tiny.cache.pool.num_pages
+        tiny.cache.check()

@@ -221,6 +221,7 @@ def test_a_prompt_waits_no_more_when_its_answer_has_begun(folder: Path) -> None:
 
         until(lambda: len(engine.submitted) >= 1)
         until(is_let_in)
+        assert engine.submitted[0].request_id not in engine.aborted, "the first had to leave for that"
         stop.set()
         thread.join(PATIENCE)
 
