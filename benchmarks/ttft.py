@@ -1,22 +1,29 @@
-"""Time to first token: transformers' `generate` beside Farspan's engine, in this process or over HTTP.
+"""Time to first token: Farspan's engine, in this process or over HTTP, beside transformers and other engines.
 
     python -m benchmarks.ttft --lengths 2048 7936 --plans dense minference --repeats 5
 
-The same tokens, dtype and threads for all. HuggingFace is taken at its best of dynamic and static cache.
+The same tokens, dtype and threads for all. HuggingFace's `generate` is taken at its best of dynamic
+and static cache. Other engines (benchmarks/peers.py) run in processes of their own, where they are
+installed, and read the model's GGUF file.
 """
 
 import argparse
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import exit_with, interleaved_medians, print_table, write_results
-from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
+from benchmarks.common import CannotRun, Elapsed, exit_with, interleaved_medians, print_table, write_results
+from benchmarks.peer_process import PeerProcess
+from benchmarks.peers import PEERS, Setting
+from benchmarks.prompts import SHIPPED_TEXT, Text, gguf_file, load_text, load_tokenizer, model_folder
 from benchmarks.serving import Server
 from configs.loading import load_config
 from engine.engine import Engine
@@ -29,14 +36,22 @@ STRIDE = 61  # tokens between the starts of two prompts
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one length that all start differently: no prefix cache can answer for the kernels."""
+    """Prompts of one length, one for each round, that all start differently."""
 
     text: Text
     length: int
-    numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def next(self) -> tuple[int, ...]:
-        return self.text.ring(next(self.numbers) * STRIDE, self.length)
+    def at(self, index: int) -> tuple[int, ...]:
+        return self.text.ring(index * STRIDE, self.length)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one candidate said to one prompt."""
+
+    token: int
+    cost: dict[str, Any] | None = None  # ours only
+    elapsed: Elapsed | None = None  # where another process measured it
 
 
 class HuggingFace:
@@ -51,7 +66,7 @@ class HuggingFace:
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).eval()
 
-    def first_token(self, prompt: tuple[int, ...], cache: str) -> int:
+    def first_token(self, prompt: tuple[int, ...], cache: str) -> Answer:
         tokens = torch.tensor([prompt])
         out = self.model.generate(
             tokens,
@@ -61,7 +76,7 @@ class HuggingFace:
             cache_implementation=cache,
             pad_token_id=0,
         )
-        return int(out[0, -1])
+        return Answer(int(out[0, -1]))
 
 
 class InProcess:
@@ -70,14 +85,15 @@ class InProcess:
     def __init__(self, model: str, plans: Sequence[str], dtype: str, threads: int) -> None:
         flags = {"engine.model": model, "engine.dtype": dtype, "engine.threads": threads, "plans": plans}
         # Two sequences of cache are enough for one at a time, whatever its plan promises.
-        config = load_config(None, {**flags, "engine.device": "cpu", "scheduler.max_num_seqs": 2})
+        # All candidates get the same prompts: no cached prefix may answer for the kernels.
+        alone = {"scheduler.max_num_seqs": 2, "cache.enable_prefix_caching": False}
+        config = load_config(None, {**flags, **alone, "engine.device": "cpu"})
         self.engine: Engine
         self.engine, card = load(resolve(config))
         self.dtype = card.dtype
         self.plans = [plan.name for plan in card.plans]
 
-    def first_token(self, prompt: tuple[int, ...], plan: str) -> dict[str, Any]:
-        """Returns when the token is there, with what the prompt cost."""
+    def first_token(self, prompt: tuple[int, ...], plan: str) -> Answer:
         sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
         self.engine.submit(Submit("ttft", prompt, len(prompt), plan, sampling))
         while self.engine.has_work:
@@ -85,7 +101,7 @@ class InProcess:
                 assert output.error is None, output.error
                 if output.tokens:
                     assert output.cost is not None
-                    return _cost(output.cost)
+                    return Answer(output.tokens[0], _cost(output.cost))
         raise AssertionError("the engine ended without a token")
 
 
@@ -96,10 +112,12 @@ class OverHttp:
         self.server = Server.at(url)
         self.plans = [Path(plan).stem for plan in plans]
 
-    def first_token(self, prompt: tuple[int, ...], plan: str) -> dict[str, Any]:
-        # One token, not streamed: the reply leaves when the first token is there.
-        cost: dict[str, Any] = self.server.complete(prompt, plan, max_tokens=1)["farspan"]
-        return cost
+    def first_token(self, prompt: tuple[int, ...], plan: str) -> Answer:
+        # One token, not streamed: the reply leaves when the first token is there. The salt is new each time,
+        # so that no cached prefix answers for the kernels.
+        options = {"cache_salt": uuid.uuid4().hex, "return_token_ids": True}
+        reply = self.server.complete(prompt, plan, max_tokens=1, **options)
+        return Answer(reply["choices"][0]["token_ids"][0], reply["farspan"])
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
@@ -117,45 +135,85 @@ class Row:
     length: int
     candidate: str
     timing: dict[str, Any]
-    ratio_to_hf: float  # our time over HuggingFace's best
+    ratio_to_hf: float  # its time over HuggingFace's best
+    first_token_as_hf: float  # share of the prompts with the first token that HuggingFace found
     prefill_read_fraction: float | None = None
     attention_recall: float | None = None
+    versions: dict[str, str] | None = None  # of another engine
 
 
-def measure(ours: InProcess | OverHttp, peer: HuggingFace, prompts: Prompts, repeats: int) -> list[Row]:
+def measure(
+    ours: InProcess | OverHttp,
+    huggingface: HuggingFace,
+    peers: Sequence[PeerProcess],
+    prompts: Prompts,
+    repeats: int,
+) -> list[Row]:
     """All candidates at one length, interleaved."""
-    costs: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[Answer]] = {}
 
-    def hf(cache: str) -> Callable[[int], object]:
-        return lambda _: peer.first_token(prompts.next(), cache)
+    def case(name: str, ask: Callable[[tuple[int, ...]], Answer]) -> Callable[[int], object]:
+        answers[name] = []
 
-    def plan(name: str) -> Callable[[int], object]:
-        return lambda _: costs.update({name: ours.first_token(prompts.next(), name)})
+        def run(index: int) -> Elapsed | None:
+            answers[name].append(ask(prompts.at(index)))
+            return answers[name][-1].elapsed
 
-    candidates = {f"hf {cache}": hf(cache) for cache in HF_CACHES} | {name: plan(name) for name in ours.plans}
-    timings = interleaved_medians(candidates, repeats)
+        return run
+
+    candidates: dict[str, Callable[[tuple[int, ...]], Answer]] = {
+        **{f"hf {cache}": partial(huggingface.first_token, cache=cache) for cache in HF_CACHES},
+        **{peer.name: partial(_ask, peer) for peer in peers},
+        **{name: partial(ours.first_token, plan=name) for name in ours.plans},
+    }
+    timings = interleaved_medians({name: case(name, ask) for name, ask in candidates.items()}, repeats)
     best = min(timings[f"hf {cache}"].wall for cache in HF_CACHES)
+    expected = [answer.token for answer in answers[f"hf {HF_CACHES[0]}"]]
+    versions = {peer.name: peer.versions for peer in peers}
     rows = []
     for name, timing in timings.items():
-        cost = costs.get(name, {})
+        cost = answers[name][-1].cost
         shown = timing.json()
-        if name in costs and isinstance(ours, OverHttp):
+        if cost is not None and isinstance(ours, OverHttp):
             shown["cpu_s_per_thread"] = None  # the work was another process's
+        same = [answer.token == token for answer, token in zip(answers[name], expected, strict=True)]
         rows.append(
             Row(
                 prompts.length,
                 name,
                 shown,
                 round(timing.wall / best, 4),
-                cost.get("prefill_read_fraction"),
-                cost.get("attention_recall"),
+                sum(same) / len(same),
+                (cost or {}).get("prefill_read_fraction"),
+                (cost or {}).get("attention_recall"),
+                versions.get(name),
             )
         )
     return rows
 
 
+def _ask(peer: PeerProcess, prompt: tuple[int, ...]) -> Answer:
+    token, elapsed = peer.first_token(prompt)
+    return Answer(token, elapsed=elapsed)
+
+
+def start_peers(names: Sequence[str], setting: Setting, python: str, stack: ExitStack) -> list[PeerProcess]:
+    """Those that can run here, until the stack ends; the others are left out, in words."""
+    peers = []
+    for name in names:
+        try:
+            peers.append(PeerProcess(name, setting, python))
+        except CannotRun as error:
+            print(f"left out: {error}")
+            continue
+        stack.callback(peers[-1].close)
+    return peers
+
+
 def show(rows: Sequence[Row]) -> None:
-    headings = ("tokens", "candidate", "TTFT s", "CPU s/thread", "of best HF", "keys read", "recall")
+    headings = (
+        "tokens", "candidate", "TTFT s", "CPU s/thread", "of best HF", "token as HF", "keys read", "recall",
+    )  # fmt: skip
     print_table(
         "Time to first token (medians)",
         headings,
@@ -166,6 +224,7 @@ def show(rows: Sequence[Row]) -> None:
                 row.timing["wall_s"],
                 row.timing["cpu_s_per_thread"],
                 row.ratio_to_hf,
+                row.first_token_as_hf,
                 row.prefill_read_fraction,
                 row.attention_recall,
             )
@@ -186,18 +245,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
     parser.add_argument("--server", metavar="URL", help="time a running server instead of the engine")
+    parser.add_argument(
+        "--peers", nargs="*", default=list(PEERS), choices=PEERS, metavar="NAME",
+        help=f"other engines, where installed: {', '.join(PEERS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-python", default=sys.executable, metavar="PATH", help="interpreter that has their packages"
+    )
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
     asked = parser.parse_args(arguments)
 
     torch.set_num_threads(asked.threads)
     folder = model_folder(asked.model)
     text = load_text(asked.text, load_tokenizer(folder))
-    peer = HuggingFace(folder, asked.dtype)
-    ours = (
-        OverHttp(asked.server, asked.plans)
-        if asked.server
-        else InProcess(asked.model, asked.plans, asked.dtype, asked.threads)
-    )
+    huggingface = HuggingFace(folder, asked.dtype)
     settings = {
         "model": folder.name,
         "dtype": asked.dtype,
@@ -206,10 +267,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ours": "over HTTP" if asked.server else "in process",
     }
     rows: list[Row] = []
-    for length in asked.lengths:
-        rows += measure(ours, peer, Prompts(text, length), asked.repeats)
-        results = {"settings": settings, "rows": [asdict(row) for row in rows]}
-        path = write_results("ttft", results, folder=asked.out)
+    with ExitStack() as stack:
+        peers: list[PeerProcess] = []
+        file = gguf_file(asked.model)
+        if file is None:
+            print(f"left out: other engines, which read a GGUF file; {folder.name} is none")
+        else:
+            setting = Setting(str(file), asked.dtype, asked.threads, max(asked.lengths))
+            peers = start_peers(asked.peers, setting, asked.peer_python, stack)
+        # After the peers: what memory is left decides how large its cache is.
+        ours = (
+            OverHttp(asked.server, asked.plans)
+            if asked.server
+            else InProcess(asked.model, asked.plans, asked.dtype, asked.threads)
+        )
+        for length in asked.lengths:
+            rows += measure(ours, huggingface, peers, Prompts(text, length), asked.repeats)
+            results = {"settings": settings, "rows": [asdict(row) for row in rows]}
+            path = write_results("ttft", results, folder=asked.out)
     show(rows)
     print(f"written: {path.name}")
 

@@ -29,7 +29,7 @@ from kvcache.cache import KVCache
 log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # for one plan: what is not found by then counts as not there
-SHORTEST = 512  # tokens of the first length that is tried; below, there is nothing to win
+SHORTEST = 512  # tokens of the first length that is timed; below, there is nothing to win
 HALVINGS = 2  # of the interval in which sparse begins to be faster
 MASK_LENGTH = 32768  # tokens of a text whose mask stands for the policy's
 
@@ -75,7 +75,7 @@ def _measured(plan: ResolvedPlan, model: ModelInfo, cache: KVCache, kernels: Ker
 
     found = kept_or(measure, facts, longest, cache_root() / "break_even")
     if found is None:
-        log.warning("plan %s: not faster than dense up to %d tokens; it runs dense", plan.name, longest)
+        log.warning("plan %s runs dense: up to %d tokens nothing shows it to be faster", plan.name, longest)
         return model.max_length  # prompts are shorter than the context
     log.info("plan %s: prompts below %d tokens run dense", plan.name, found)
     return found
@@ -113,7 +113,7 @@ def find(compare: Compare, chunk: int, window: int, longest: int, is_late: Calla
             break
     for _ in range(HALVINGS):
         low, high = _begins(ratios)
-        if high is None or is_late():
+        if high is None or low == 0 or is_late():
             break
         middle = (low + high) // 2 // PAGE_SIZE * PAGE_SIZE
         if low < middle < high:

@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from configs.errors import ConfigError
 from configs.schema import ServeConfig
-from engine.errors import EngineDead, StepFailed
+from engine.errors import EngineDead, PromptTooLong, StepFailed
 from engine.messages import (
     Abort,
     FinishReason,
@@ -59,8 +59,12 @@ class Engine(Protocol):
         """Outputs of one request, the last of each choice with a finish reason. Closing it early aborts the
         request.
 
-        Raises StepFailed if a step failed with it, EngineDead if the engine is not ready or ended meanwhile.
+        Raises PromptTooLong if the cache can never hold it, StepFailed if a step failed with it, EngineDead if
+        the engine is not ready or ended meanwhile.
         """
+
+    async def end_choice(self, request_id: str, choice: int) -> None:
+        """Nobody reads this choice any more: it ends with ABORT, the others of its request go on."""
 
 
 @dataclass(slots=True)
@@ -135,6 +139,8 @@ class EngineClient:
             choices = submit.choices
             while choices:
                 output = await request.outputs.get()
+                if output.refused:
+                    raise PromptTooLong(output.error or "the cache can never hold this request")
                 if output.finish_reason is FinishReason.ERROR:
                     raise (EngineDead if self.death else StepFailed)(output.error or "the engine failed")
                 yield output
@@ -144,6 +150,10 @@ class EngineClient:
             if self._open.pop(submit.request_id, None) is not None and self.death is None:
                 with contextlib.suppress(EngineDead):
                     await self._send(Abort(submit.request_id))
+
+    async def end_choice(self, request_id: str, choice: int) -> None:
+        with contextlib.suppress(EngineDead):
+            await self._send(Abort(request_id, choice))
 
     async def stop(self) -> None:
         """End the process and everything of this client."""

@@ -73,23 +73,23 @@ class Engine:
         pages += len(sequence.siblings) * sequence.pages_of_fork(self._cache.num_rows)
         if pages > self._cache.pool.num_pages:
             times = f", of {request.choices} answers," if request.choices > 1 else ""
-            self._end(
-                sequence,
-                FinishReason.ERROR,
+            words = (
                 f"{sequence.total_length} tokens{times} need {pages} pages under plan"
-                f" {sequence.plan.name!r}; the cache has {self._cache.pool.num_pages}",
+                f" {sequence.plan.name!r}; the cache has {self._cache.pool.num_pages}"
             )
+            self._end(sequence, FinishReason.ERROR, words, refused=True)
             return
         if sampling.grammar is None:
             self._scheduler.add(sequence)
         else:
             self._constraints.prepare(sequence, sampling.grammar)
 
-    def abort(self, request_id: str) -> None:
-        """End a request now and free its pages. One that has ended already is left alone."""
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one choice, now and free its pages. What has ended already is left alone."""
         for sequence in self._scheduler.find(request_id):
-            self._scheduler.remove(sequence)
-            self._end(sequence, FinishReason.ABORT)
+            if choice in (None, sequence.choice):
+                self._scheduler.remove(sequence)
+                self._end(sequence, FinishReason.ABORT)
         for sequence in self._constraints.forget(request_id):
             self._end(sequence, FinishReason.ABORT)
 
@@ -278,10 +278,18 @@ class Engine:
         outputs, self._ended = self._ended, []
         return outputs
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, *, refused: bool = False
+    ) -> None:
         """Of a sequence, and of the choices that were to be forked off it."""
         for choice in sequence.choices:
             choice.finish_reason = reason
             self._ended.append(
-                TokenOutput(choice.request_id, finish_reason=reason, error=error, choice=choice.choice)
+                TokenOutput(
+                    choice.request_id,
+                    finish_reason=reason,
+                    error=error,
+                    refused=refused,
+                    choice=choice.choice,
+                )
             )

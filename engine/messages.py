@@ -58,9 +58,10 @@ class Submit(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """Forget this request; its end (FinishReason.ABORT) is still reported, once, if it was alive."""
+    """Forget this request, or one of its choices; each end (FinishReason.ABORT) is still reported, once."""
 
     request_id: str
+    choice: int | None = None  # None = all
 
 
 class Shutdown(Message, frozen=True):
@@ -107,6 +108,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     name: str
     max_model_len: int
     vocab_size: int
+    max_num_seqs: int  # answers at once
     plans: tuple[PlanCard, ...]  # the first is the default
     device: str
     dtype: str
@@ -164,6 +166,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     cost: Cost | None = None  # with the first token
     error: str | None = None  # with FinishReason.ERROR: what to tell the client
+    refused: bool = False  # with an error that is the client's: asked like this, it can never be served
     logprobs: tuple[Logprobs, ...] = ()  # one per token, where the request asked
     prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token, where the request asked
     choice: int = 0  # which of the answers; each has an end of its own

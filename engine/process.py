@@ -64,8 +64,8 @@ def serve(engine: Engine, socket: "zmq.Socket[bytes]") -> None:
             match decode_to_engine(socket.recv()):
                 case Submit() as request:
                     engine.submit(request)
-                case Abort(request_id=request_id):
-                    engine.abort(request_id)
+                case Abort(request_id=request_id, choice=choice):
+                    engine.abort(request_id, choice)
                 case Shutdown():
                     return
         if engine.has_work:

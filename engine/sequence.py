@@ -105,10 +105,11 @@ class Sequence:
         return self.computed < self.prompt_length
 
     def pages_needed(self, *, sharing: bool) -> int:
-        """The most pages it will hold at once. What others read is not compacted in place, but copied."""
+        """The most pages it will hold at once. What others read is not compacted in place, but copied, and
+        the copy with what is generated must be its own: pages it gave back may still be counted on."""
         pages = self.plan.pages_needed(self.prompt_length, self.total_length)
         if sharing and self.plan.policy.compacts:
-            pages += self.plan.policy.pages_after_prefill(self.prompt_length, self.prompt_length)
+            pages += self.plan.policy.pages_after_prefill(self.prompt_length, self.total_length)
         return pages
 
     def pages_of_fork(self, num_rows: int) -> int:

@@ -54,6 +54,7 @@ class Resolution:
             name=self.config.server.served_model_name or self.model.name,
             max_model_len=self.model.max_length,
             vocab_size=self.model.vocab_size,
+            max_num_seqs=self.config.scheduler.max_num_seqs,
             plans=tuple(plan.card for plan in self.plans.values()),
             device=self.device,
             dtype=self.dtype,

@@ -1,17 +1,17 @@
-"""ChatReply: the JSON of /v1/chat/completions, whole or in chunks."""
+"""ChatReply: the JSON of /v1/chat/completions, whole or in chunks, for every choice."""
 
 from asyncio import to_thread
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from engine.messages import FinishReason
+from engine.messages import Cost, FinishReason
 from server.completion import Piece
 from server.logprobs import chat_logprobs, joined, prompt_logprobs
 from server.prepare import Job
 from server.protocol import ChatCompletionRequest
-from server.responses import Head, cost_json, usage_json
+from server.responses import Head, cost_json, cost_of, usage_json
 from server.speech import Said, Speech
 from server.tokenizer import Tokenizer
 from server.toolcalls import ForcedCalls, HermesCalls, LlamaCalls, NoCalls, ToolCall, ToolParser
@@ -27,33 +27,20 @@ class ChatReply:
     tokenizer: Tokenizer
 
     async def whole(self, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
-        speech = speech_of(self.request, self.job, self.tokenizer)
-        said: list[Said] = []
-        logprobs: list[dict[str, Any]] = []
-        tokens: list[int] = []
+        messages = self._messages()
         of_prompt: dict[str, Any] = {}
         async with aclosing(pieces):
             async for piece in pieces:
-                said += speech.feed(piece.text)
-                tokens += piece.tokens
-                if piece.logprobs:
-                    logprobs.append(chat_logprobs(piece.tokens, piece.logprobs, self.tokenizer))
+                messages[piece.choice].take(piece, self.tokenizer)
                 of_prompt |= await self._of_prompt(piece)
-        said += speech.flush()
-        choice: dict[str, Any] = {
-            "index": 0,
-            "message": self._message(said),
-            "logprobs": joined(logprobs),
-            "finish_reason": self._finish_reason(piece, any(part.call for part in said)),
-        }
         if self.request.return_token_ids:
-            choice["token_ids"] = tokens
             of_prompt["prompt_token_ids"] = list(self.job.submit.tokens)
+        last = [message.last for message in messages]
         return {
             **self.head.json("chat.completion"),
-            "choices": [choice],
-            "usage": usage_json(self.job, piece),
-            "farspan": cost_json(piece.cost),
+            "choices": [self._choice(index, message) for index, message in enumerate(messages)],
+            "usage": usage_json(self.job, *last),
+            "farspan": cost_json(cost_of(*last)),
             **of_prompt,
         }
 
@@ -61,31 +48,41 @@ class ChatReply:
         no_usage = {"usage": None} if self.request.include_usage else {}
         ids = self.request.return_token_ids
         of_prompt = {"prompt_token_ids": list(self.job.submit.tokens)} if ids else {}
-        opening: dict[str, Any] | None = self._chunk({"role": "assistant", "content": ""}) | of_prompt
-        speech, num_calls = speech_of(self.request, self.job, self.tokenizer), 0
+        messages = self._messages()
+        cost: Cost | None = None
         async with aclosing(pieces):
             async for piece in pieces:
-                if opening is not None:
-                    yield opening | no_usage
-                    opening = None
-                said = speech.feed(piece.text)
-                if piece.finish_reason is not None:
-                    said += speech.flush()
-                deltas = []
-                for part in said:
-                    deltas.append(_delta(part, num_calls))
-                    num_calls += part.call is not None
+                index, message = piece.choice, messages[piece.choice]
+                cost = cost or piece.cost
+                if not message.pieces:
+                    yield self._chunk(index, {"role": "assistant", "content": ""}) | of_prompt | no_usage
+                deltas = message.take(piece, self.tokenizer)
                 if not deltas and (piece.logprobs or (ids and piece.tokens)):
                     deltas = [{"content": ""}]  # tokens without text of their own yet
                 for number, delta in enumerate(deltas):
-                    yield self._chunk(delta, piece if number == 0 else None) | no_usage
-        last = self._chunk({}, finish_reason=self._finish_reason(piece, num_calls > 0))
-        yield last | {"farspan": cost_json(piece.cost)} | no_usage
+                    yield self._chunk(index, delta, piece if number == 0 else None) | no_usage
+                if piece.finish_reason is not None:
+                    reason = self._finish_reason(piece, message.num_calls > 0)
+                    last = self._chunk(index, {}, finish_reason=reason)
+                    yield last | {"farspan": cost_json(cost)} | no_usage
         if self.request.include_usage:
-            yield self.head.json("chat.completion.chunk") | {
-                "choices": [],
-                "usage": usage_json(self.job, piece),
-            }
+            usage = usage_json(self.job, *(message.last for message in messages))
+            yield self.head.json("chat.completion.chunk") | {"choices": [], "usage": usage}
+
+    def _messages(self) -> list["_Message"]:
+        choices = range(self.job.submit.choices)
+        return [_Message(speech_of(self.request, self.job, self.tokenizer)) for _ in choices]
+
+    def _choice(self, index: int, message: "_Message") -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": self._message(message.said),
+            "logprobs": joined(message.logprobs),
+            "finish_reason": self._finish_reason(message.last, message.num_calls > 0),
+        }
+        if self.request.return_token_ids:
+            choice["token_ids"] = [token for piece in message.pieces for token in piece.tokens]
+        return choice
 
     def _finish_reason(self, piece: Piece, called: bool) -> str:
         """As OpenAI has it: a call of the one function that was named is an ordinary end."""
@@ -116,10 +113,14 @@ class ChatReply:
         return {"prompt_logprobs": shown}
 
     def _chunk(
-        self, delta: dict[str, Any], piece: Piece | None = None, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: dict[str, Any],
+        piece: Piece | None = None,
+        finish_reason: str | None = None,
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {
-            "index": 0,
+            "index": index,
             "delta": delta,
             "logprobs": None,
             "finish_reason": finish_reason,
@@ -129,6 +130,36 @@ class ChatReply:
         if piece is not None and self.request.return_token_ids:
             choice["token_ids"] = list(piece.tokens)
         return self.head.json("chat.completion.chunk") | {"choices": [choice]}
+
+
+@dataclass(slots=True)
+class _Message:
+    """One choice so far."""
+
+    speech: Speech
+    pieces: list[Piece] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    num_calls: int = 0
+
+    @property
+    def last(self) -> Piece:
+        return self.pieces[-1]
+
+    def take(self, piece: Piece, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+        """What this piece adds, as deltas."""
+        self.pieces.append(piece)
+        said = self.speech.feed(piece.text)
+        if piece.finish_reason is not None:
+            said += self.speech.flush()
+        self.said += said
+        if piece.logprobs:
+            self.logprobs.append(chat_logprobs(piece.tokens, piece.logprobs, tokenizer))
+        deltas = []
+        for part in said:
+            deltas.append(_delta(part, self.num_calls))
+            self.num_calls += part.call is not None
+        return deltas
 
 
 def speech_of(request: ChatCompletionRequest, job: Job, tokenizer: Tokenizer) -> Speech:

@@ -27,6 +27,7 @@ class Piece:
     tokens: tuple[int, ...] = ()  # end tokens and those behind a stop string's cut included
     logprobs: tuple[Logprobs, ...] = ()  # one per token, where asked for
     prompt_logprobs: tuple[Logprobs, ...] = ()  # of the prompt from its second token on, in the first piece
+    choice: int = 0  # each has a last piece of its own
 
 
 async def answer(
@@ -36,21 +37,23 @@ async def answer(
     metrics: Metrics,
     on_first: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Piece, None]:
-    """Pieces of one answer; `on_first` is called when the engine has begun it.
-    Closing the generator aborts the request. Raises as `Engine.generate`, or
-    TimedOut."""
+    """Pieces of the answer, or of all choices as they come; `on_first` is called when the engine has begun.
+
+    Closing the generator aborts the request. Raises as `Engine.generate`, or TimedOut.
+    """
     meter = metrics.open(job)
-    stops = StopStrings(job.stop)
-    text = _AnswerText(tokenizer.detokenizer(job.submit.tokens), stops, job.submit.sampling.min_tokens)
+    texts = {choice: _text_of(job, tokenizer) for choice in range(job.submit.choices)}  # that go on
     ended = FinishReason.ABORT  # unless something else happens first
     try:
         outputs = engine.generate(job.submit)
         assert isinstance(outputs, AsyncGenerator), "closing it is how a request is aborted"
         async with aclosing(outputs):
             while (output := await _next(outputs, job)) is not None:
+                if output.choice not in texts:
+                    continue  # a stop string ended it, and the engine has yet to hear of that
                 on_first()
                 meter.tokens(len(output.tokens), output.cost)
-                piece = text.take(output)
+                piece = replace(texts[output.choice].take(output), choice=output.choice)
                 if job.echo_only:
                     piece = replace(
                         piece,
@@ -62,7 +65,11 @@ async def answer(
                     )
                 if piece.finish_reason is not None:
                     ended = piece.finish_reason
-                    break
+                    del texts[piece.choice]
+                    if not texts:
+                        break
+                    if output.finish_reason is None:
+                        await engine.end_choice(job.submit.request_id, piece.choice)
                 yield piece
             else:
                 raise StepFailed("the engine ended this request without a reason")
@@ -72,6 +79,11 @@ async def answer(
         raise
     finally:
         meter.close(ended)
+
+
+def _text_of(job: Job, tokenizer: Tokenizer) -> "_AnswerText":
+    stops = StopStrings(job.stop)
+    return _AnswerText(tokenizer.detokenizer(job.submit.tokens), stops, job.submit.sampling.min_tokens)
 
 
 async def _next(outputs: AsyncGenerator[TokenOutput, None], job: Job) -> TokenOutput | None:

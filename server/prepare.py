@@ -166,7 +166,13 @@ def _job(
         logprobs=request.num_logprobs,
         prompt_logprobs=_prompt_logprobs(request, len(tokens)),
     )
-    submit = Submit(request_id, tuple(tokens), len(tokens), plan.name, sampling)
+    if request.n > card.max_num_seqs:
+        raise BadRequest(
+            f"'n' is {request.n}; this server runs at most {card.max_num_seqs} answers at once.", param="n"
+        )
+    if request.n > 1 and sampling.prompt_logprobs is not None:
+        raise BadRequest("The prompt's log-probabilities go with one answer: 'n' must be 1.", param="n")
+    submit = Submit(request_id, tuple(tokens), len(tokens), plan.name, sampling, choices=request.n)
     return Job(
         submit,
         tuple(request.stop),

@@ -28,6 +28,7 @@ MAX_CHOICES = 1024
 MAX_TOOLS = 128
 MAX_TOOL_BYTES = 512 * 1024  # of JSON, all together
 MAX_DETOKENIZED = 2**21  # token ids
+MAX_N = 128  # choices of one request, as OpenAI has it
 MAX_TEMPLATE_KEYS = 32
 MAX_TEMPLATE_BYTES = 16 * 1024  # of JSON
 MAX_TIMEOUT = 86_400.0  # seconds
@@ -42,7 +43,6 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 
 # Parameters of OpenAI and vLLM that are not served, and the values that ask for nothing. Null always does.
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "metadata": ({},),
@@ -284,6 +284,7 @@ class Request(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, lt=INT64)
+    n: int = Field(1, ge=1, le=MAX_N)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=INT64)  # -1 and 0: off

@@ -38,16 +38,23 @@ class Head:
         }
 
 
-def usage_json(job: Job, piece: Piece) -> dict[str, Any]:
-    """Tokens of a request whose last piece this is."""
+def usage_json(job: Job, *last: Piece) -> dict[str, Any]:
+    """Tokens of a request whose choices ended with these pieces."""
     prompt = job.submit.prompt_length
-    cached = piece.cost.cached_tokens if piece.cost is not None else 0  # taken from the prefix cache
+    cost = cost_of(*last)
+    cached = cost.cached_tokens if cost is not None else 0  # taken from the prefix cache
+    answer = sum(piece.num_tokens for piece in last)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": piece.num_tokens,
-        "total_tokens": prompt + piece.num_tokens,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+def cost_of(*pieces: Piece) -> Cost | None:
+    """What the prompt cost: the first choice's pieces know."""
+    return next((piece.cost for piece in pieces if piece.cost is not None), None)
 
 
 def cost_json(cost: Cost | None) -> dict[str, Any] | None:

@@ -6,11 +6,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.messages import Cost
 from server.completion import Piece
 from server.logprobs import TextLogprobs, joined, prompt_logprobs
 from server.prepare import Job
 from server.protocol import CompletionRequest
-from server.responses import Head, cost_json, usage_json
+from server.responses import Head, cost_json, cost_of, usage_json
 from server.tokenizer import Tokenizer
 
 
@@ -28,50 +29,59 @@ class TextReply:
         self._columns = TextLogprobs(self.tokenizer, self.request.logprobs or 0)
 
     async def whole(self, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
-        texts: list[str] = []
-        logprobs: list[dict[str, Any]] = []
-        tokens: list[int] = []
-        choice: dict[str, Any] = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
+        texts = [_Text() for _ in range(self.job.submit.choices)]
         async with aclosing(pieces):
             async for piece in pieces:
-                choice |= await self._of_prompt(piece)
-                text, columns = await self._parts(piece, first=not texts)
-                texts.append(text)
-                logprobs += columns
-                tokens += piece.tokens
-        assert piece.finish_reason is not None
-        choice |= {
-            "text": "".join(texts),
-            "logprobs": joined(logprobs),
-            "finish_reason": piece.finish_reason.value,
-        }
-        if self.request.return_token_ids:
-            choice |= {"token_ids": tokens, "prompt_token_ids": list(self.job.submit.tokens)}
+                one = texts[piece.choice]
+                one.of_prompt |= await self._of_prompt(piece)
+                text, columns = await self._parts(piece, first=not one.pieces)
+                one.pieces.append(piece)
+                one.texts.append(text)
+                one.logprobs += columns
+        last = [one.last for one in texts]
         return {
             **self.head.json("text_completion"),
-            "choices": [choice],
-            "usage": usage_json(self.job, piece),
-            "farspan": cost_json(piece.cost),
+            "choices": [self._choice(index, one) for index, one in enumerate(texts)],
+            "usage": usage_json(self.job, *last),
+            "farspan": cost_json(cost_of(*last)),
         }
 
     async def chunks(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[dict[str, Any], None]:
         no_usage = {"usage": None} if self.request.include_usage else {}
         ids = self.request.return_token_ids
-        first = True
+        last: dict[int, Piece] = {}  # of each choice so far
+        cost: Cost | None = None
         async with aclosing(pieces):
             async for piece in pieces:
+                index, first = piece.choice, piece.choice not in last
+                cost = cost or piece.cost
                 text, columns = await self._parts(piece, first=first)
                 more: dict[str, Any] = {"token_ids": list(piece.tokens)} if ids else {}
                 if ids and first:
                     more["prompt_token_ids"] = list(self.job.submit.tokens)
-                first = False
+                last[index] = piece
                 if text or columns or any(more.values()):
-                    yield self._chunk(text, joined(columns), more) | no_usage
-        assert piece.finish_reason is not None
-        last = self._chunk("", None, {"finish_reason": piece.finish_reason.value})
-        yield last | {"farspan": cost_json(piece.cost)} | no_usage
+                    yield self._chunk(index, text, joined(columns), more) | no_usage
+                if piece.finish_reason is not None:
+                    end = self._chunk(index, "", None, {"finish_reason": piece.finish_reason.value})
+                    yield end | {"farspan": cost_json(cost)} | no_usage
         if self.request.include_usage:
-            yield self.head.json("text_completion") | {"choices": [], "usage": usage_json(self.job, piece)}
+            usage = usage_json(self.job, *last.values())
+            yield self.head.json("text_completion") | {"choices": [], "usage": usage}
+
+    def _choice(self, index: int, one: "_Text") -> dict[str, Any]:
+        assert one.last.finish_reason is not None
+        choice = {
+            "index": index,
+            "text": "".join(one.texts),
+            "logprobs": joined(one.logprobs),
+            "finish_reason": one.last.finish_reason.value,
+            **one.of_prompt,
+        }
+        if self.request.return_token_ids:
+            choice["token_ids"] = [token for piece in one.pieces for token in piece.tokens]
+            choice["prompt_token_ids"] = list(self.job.submit.tokens)
+        return choice
 
     async def _parts(self, piece: Piece, *, first: bool) -> tuple[str, list[dict[str, Any]]]:
         """Text and columns of a piece; the first begins with the prompt where it is echoed."""
@@ -95,6 +105,22 @@ class TextReply:
         shown = await to_thread(prompt_logprobs, tokens, found, count, self.tokenizer)
         return {"prompt_logprobs": shown}
 
-    def _chunk(self, text: str, logprobs: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": None} | more
+    def _chunk(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, more: dict[str, Any]
+    ) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None} | more
         return self.head.json("text_completion") | {"choices": [choice]}
+
+
+@dataclass(slots=True)
+class _Text:
+    """One choice so far."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    of_prompt: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Piece:
+        return self.pieces[-1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import concurrency, context_extension, kv_memory, layers, ttft
+from benchmarks.common import Elapsed
 from benchmarks.prompts import load_text, load_tokenizer
 from tests.benchmarks.builders import save_model, save_plan, save_text
 
@@ -44,16 +45,44 @@ def test_ttft_times_huggingface_beside_each_plan(tmp_path: Path, model: Path) ->
     for row in rows.values():
         assert row["length"] == 320 and len(row["timing"]["walls_s"]) == 2 and row["timing"]["wall_s"] > 0
     assert rows["dense"]["prefill_read_fraction"] == 1 > rows["sparse"]["prefill_read_fraction"]
+    assert rows["dense"]["first_token_as_hf"] == rows["hf static"]["first_token_as_hf"] == 1
     assert content["settings"]["dtype"] == "float32"
 
 
 def test_huggingface_and_farspan_start_with_the_same_token(tmp_path: Path, model: Path) -> None:
-    prompt = ttft.Prompts(load_text(save_text(tmp_path), load_tokenizer(model)), length=200).next()
+    prompt = ttft.Prompts(load_text(save_text(tmp_path), load_tokenizer(model)), length=200).at(0)
     peer = ttft.HuggingFace(model, "float32")
     ours = ttft.InProcess(str(model), ["dense"], "float32", threads=torch.get_num_threads())
-    found = peer.model(torch.tensor([prompt])).logits[0, -1].argmax()
-    assert {peer.first_token(prompt, cache) for cache in ttft.HF_CACHES} == {int(found)}
-    assert ours.first_token(prompt, "dense")["prefill_read_fraction"] == 1
+    found = int(peer.model(torch.tensor([prompt])).logits[0, -1].argmax())
+    assert {peer.first_token(prompt, cache).token for cache in ttft.HF_CACHES} == {found}
+    for _ in range(2):  # the same again: nothing of it is cached
+        answer = ours.first_token(prompt, "dense")
+        assert answer.token == found
+        assert answer.cost is not None and answer.cost["prefill_read_fraction"] == 1
+
+
+def test_ttft_asks_another_engine_the_same_and_takes_its_word_for_the_time(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Peer:
+        name, versions = "other", {"other": "1.0"}
+
+        def __init__(self) -> None:
+            self.prompts: list[Sequence[int]] = []
+
+        def first_token(self, prompt: Sequence[int]) -> tuple[int, Elapsed]:
+            self.prompts.append(prompt)
+            return -1, Elapsed(wall=1000.0 + len(self.prompts), cpu=500.0)
+
+    peer = Peer()
+    monkeypatch.setattr(ttft, "gguf_file", lambda _: tmp_path / "model.gguf")
+    monkeypatch.setattr(ttft, "start_peers", lambda *_: [peer])
+    content = run(ttft.main, "ttft", tmp_path, model, "--lengths", "96", "--plans", "dense", "--repeats", "2")
+    row = next(row for row in content["rows"] if row["candidate"] == "other")
+    assert row["timing"] == {"wall_s": 1002.5, "cpu_s_per_thread": 500.0, "walls_s": [1002.0, 1003.0]}
+    assert row["ratio_to_hf"] > 1 and row["first_token_as_hf"] == 0 and row["versions"] == peer.versions
+    prompts = ttft.Prompts(load_text(tmp_path / "text.txt", load_tokenizer(model)), length=96)
+    assert peer.prompts == [prompts.at(index) for index in (-1, 0, 1)]
 
 
 def test_context_extension_counts_needles_with_each_scaling(tmp_path: Path, model: Path) -> None:
@@ -84,7 +113,7 @@ def test_layers_are_timed_fused_and_as_they_are(tmp_path: Path, model: Path) -> 
 def test_no_prompt_of_ttft_starts_like_another(tmp_path: Path, model: Path) -> None:
     text = load_text(save_text(tmp_path), load_tokenizer(model))
     prompts = ttft.Prompts(text, length=256)
-    drawn = [prompts.next() for _ in range(20)]
+    drawn = [prompts.at(index) for index in range(-1, 19)]
     assert all(len(prompt) == 256 for prompt in drawn)
     assert len({prompt[:64] for prompt in drawn}) == 20  # no page of the first block is another's
 

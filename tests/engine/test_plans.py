@@ -106,6 +106,15 @@ def test_the_digest_changes_with_whatever_changes_an_answer(tmp_path: Path) -> N
     assert len({digest(), digest(budget=101), digest(vertical=101), digest(model=other_model)}) == 4
 
 
+def test_auto_is_open_until_it_is_measured_and_no_part_of_the_digest() -> None:
+    resolved = resolve_plan(plan(prefill={"method": "minference", "dense_below": "auto"}), MODEL)
+    assert resolved.dense_below is resolved.card.dense_below is None
+    known = resolved.with_dense_below(3008)
+    assert (known.dense_below, known.card.dense_below) == (3008, 3008)
+    assert known.card.digest == known.digest == resolved.digest
+    assert resolve_plan(plan(prefill={"dense_below": "auto"}), MODEL).dense_below == 0  # dense anyway
+
+
 def test_two_plans_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="two plans are named 'dense'"):
         resolve_plans([plan("dense"), plan("dense")], MODEL, StateRegistry())

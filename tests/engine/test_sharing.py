@@ -224,3 +224,12 @@ def test_kv_bytes_are_the_pages_that_rows_read_at_every_moment(network: torch.nn
         pages = (stats.pages_free, stats.pages_cached, stats.pages_borrowed, stats.pages_private)
         assert sum(pages) == tiny.cache.pool.num_pages
         tiny.cache.check()
+
+
+def test_a_long_answer_behind_a_compacted_prompt_has_its_pages(network: torch.nn.Module) -> None:
+    cold = sharing(network, "snap", share_prefixes=False)
+    tiny = sharing(network, "snap")
+    for question in range(3):
+        prompt = document(question=question, length=186)  # whole pages: all of it is published
+        assert tiny.answer(prompt, greedy(150)) == cold.answer(prompt, greedy(150))
+    tiny.assert_empty()

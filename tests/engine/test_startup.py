@@ -11,6 +11,7 @@ from configs.errors import ConfigError
 from configs.loading import load_config
 from configs.schema import ServeConfig
 from engine import startup
+from engine.attention_timing import AttentionTimer, Times
 from engine.kernels import Kernels
 from engine.models import end_tokens, prepare_model
 from engine.startup import load, resolve
@@ -97,6 +98,30 @@ def test_a_context_that_was_asked_for_and_does_not_fit_is_refused_with_what_woul
     flags = {"cache.kv_cache_memory_bytes": "1MiB", "engine.max_model_len": 4096}
     with pytest.raises(ConfigError, match=r"4096 tokens do not fit the cache of 128 pages; 1344 would"):
         load(resolve(config(folder, **flags)))
+
+
+def test_a_break_even_is_measured_once_and_clients_see_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FARSPAN_CACHE", str(tmp_path))
+    asked = []
+
+    def compare(self: AttentionTimer, start: int, length: int, *, rounds: int = 3) -> Times:
+        asked.append(start + length)
+        return Times(1.0, 2.0 if start + length < 1024 else 0.1)
+
+    monkeypatch.setattr(AttentionTimer, "compare", compare)
+    (tmp_path / "auto.yaml").write_text("prefill: {method: minference, dense_below: auto}")
+    flags = {"plans": [str(tmp_path / "auto.yaml"), "dense"]}
+    resolution = resolve(config(folder, **flags))
+    assert [plan.dense_below for plan in resolution.card.plans] == [None, 0]
+    seen = []
+    for _ in range(2):
+        _, card = load(resolve(config(folder, **flags)))
+        seen.append(card.plans[0].dense_below)
+        asked.append(0)
+    assert seen[0] == seen[1] and 512 < (seen[0] or 0) <= 1024
+    assert asked.count(0) == 2 and asked[-2:] == [0, 0]  # the second start asked nothing
 
 
 def test_end_tokens_come_from_the_generation_config(folder: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class FakeEngine:
             PlanCard(name, f"{name}-digest", "dense", "snapkv", "full", 8, layers=LAYERS)
             for name in ("sparse", "dense")
         )
-        self.card = ModelCard(MODEL, CONTEXT, 300, plans, "cpu", "float32", num_pages=100, page_bytes=64)
+        self.card = ModelCard(MODEL, CONTEXT, 300, 8, plans, "cpu", "float32", num_pages=100, page_bytes=64)
         self.stats = Stats(
             running=2,
             waiting=1,
@@ -157,6 +157,10 @@ class FakeEngine:
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.abort_heard = threading.Event()
+        self.ended_choices: list[int] = []
+
+    async def end_choice(self, request_id: str, choice: int) -> None:
+        self.ended_choices.append(choice)
 
     async def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput, None]:
         if not self.is_ready:

@@ -86,12 +86,14 @@ def test_plan_check_shows_what_each_layer_does(tmp_path: Path, monkeypatch: pyte
     save_tokenizer(save_tiny(tmp_path / "tiny"))
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(
-        "prefill: {method: minference, layers: {0: dense}}\nkv: {policy: snapkv, budget: 64}\n"
+        "prefill: {method: minference, dense_below: auto, layers: {0: dense}}\n"
+        "kv: {policy: snapkv, budget: 64}\n"
     )
     shown = farspan("plan", "check", "mine.yaml", "--model", "./tiny")
     assert shown.exit_code == 0, shown.output
     assert "mine" in shown.stdout and "1-2" in shown.stdout and "MInference" in shown.stdout
     assert "KV cache of a prompt of 8192 tokens" in shown.stdout
+    assert "dense below auto (measured at start)" in shown.stdout
 
 
 @pytest.mark.parametrize(
