@@ -59,8 +59,8 @@ class Engine(Protocol):
         """Outputs of one request, the last of each choice with a finish reason. Closing it early aborts the
         request.
 
-        Raises PromptTooLong if the cache can never hold it, StepFailed if a step failed with it, EngineDead if
-        the engine is not ready or ended meanwhile.
+        Raises PromptTooLong if the cache can never hold it, StepFailed if a step failed with it, EngineDead
+        if the engine is not ready or ended meanwhile.
         """
 
     async def end_choice(self, request_id: str, choice: int) -> None:
