@@ -42,7 +42,7 @@ class CannotServe(Exception):
 
 
 class OpenVino:
-    """Weights stay in the file's four bits, and are widened as they are used."""
+    """Weights stay in four bits (minima of Q4_1 rounded to whole steps), and are widened as they are used."""
 
     def __init__(self, setting: Setting, xattention: bool = False) -> None:
         openvino: Any = import_module("openvino")
