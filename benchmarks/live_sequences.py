@@ -95,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--plans", nargs="+", default=["dense", "snapkv"], help="names or files")
-    parser.add_argument("--requests", type=int, help="at once; default: what the plan's promises allow")
+    parser.add_argument(
+        "--requests", type=int, help="at once, at most; default: what the plan's promises allow"
+    )
     parser.add_argument("--length", type=int, default=7936, help="prompt tokens")
     parser.add_argument("--answer", type=int, default=256, help="generated tokens")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for source in asked.plans:
         plan = resolve_plan(load_plan(source), model)
         bound = how_many(plan.policy, num_pages, asked.length, total, plan.chunk)
-        count = asked.requests or bound
+        count = min(bound, asked.requests or bound)
         prompts = [text.ring(STRIDE * number, asked.length) for number in range(count)]
         flags = ["--plan", str(source), "--kv-cache-memory-bytes", str(num_pages * size)]
         flags += ["--dtype", asked.dtype, "--threads", str(asked.threads), "--max-num-seqs", str(count)]

@@ -107,7 +107,7 @@ class ServerConfig(_Section):
     max_queued_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="prompt tokens that may wait for their first token of an answer; more get 503;"
-        " auto: 16 full contexts",
+        " auto: as many full contexts as sequences may live",
     )
     max_requests_per_key: int | None = Field(
         None, ge=1, description="requests that one API key may have open; more get 429"

@@ -169,7 +169,8 @@ class _Api:
     async def _answer(self, request: Request, checked: CheckedRequest, job: Job, reply: Reply) -> Response:
         visit: Visit = request.state.visit
         job = salted(job, checked, visit.key)
-        self.limits.queue(visit, job.submit.prompt_length, self.engine.card.max_model_len)
+        card = self.engine.card
+        self.limits.queue(visit, job.submit.prompt_length, card.max_model_len * card.max_num_seqs)
         begun = partial(self.limits.answered, visit)
         pieces = answer(job, self.engine, self.tokenizer, self.metrics, begun)
         if checked.stream:

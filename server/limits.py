@@ -7,8 +7,6 @@ from configs.schema import ServerConfig
 from engine.errors import Overloaded
 from server.errors import QuotaExceeded
 
-CONTEXTS_QUEUED = 16  # full contexts that may wait, where the configuration gives no number
-
 
 @dataclass(slots=True, eq=False)
 class Visit:
@@ -48,10 +46,13 @@ class Limits:
             if not self._open_of_key[visit.key]:
                 del self._open_of_key[visit.key]
 
-    def queue(self, visit: Visit, prompt_tokens: int, context: int) -> None:
-        """Its prompt waits from now on. One alone is always let in. Raises Overloaded when too much waits."""
+    def queue(self, visit: Visit, prompt_tokens: int, running: int) -> None:
+        """Its prompt waits from now on. One alone is always let in. Raises Overloaded when too much waits.
+
+        running: tokens of as many full contexts as run at once, the limit where none is configured.
+        """
         limit = self._config.max_queued_tokens
-        limit = CONTEXTS_QUEUED * context if limit == "auto" else limit
+        limit = running if limit == "auto" else limit
         if self.waiting_tokens and self.waiting_tokens + prompt_tokens > limit:
             raise Overloaded(
                 f"{self.waiting_tokens} prompt tokens are waiting; with the {prompt_tokens} of this request"
