@@ -182,8 +182,6 @@ class Engine:
         if run.below_floor and bool(torch.stack(run.below_floor).any()):  # by rows of this chunk alone
             sequence.may_publish = min(sequence.may_publish, run.chunk.start // PAGE_SIZE)
         blocks = min(sequence.computed // PAGE_SIZE // shareable.unit * shareable.unit, sequence.may_publish)
-        if sequence.computed == sequence.prompt_length:
-            blocks = min(sequence.computed // PAGE_SIZE, sequence.may_publish)
         self._publish(sequence, shareable.keys[:blocks], shareable.tokens)
 
     def _publish_answer(self, sequence: Sequence) -> None:

@@ -1,5 +1,6 @@
 """What clients may send: OpenAI's request bodies, checked strictly; what is not served is refused."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -348,9 +349,9 @@ class Request(Body):
         return self
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Most likely tokens to report beside each of the answer; None = no logprobs."""
-        raise NotImplementedError
 
     @property
     def answer_limit(self) -> int | None:

@@ -15,7 +15,7 @@ Block = list[list[Token]]  # [ROWS][64]
 
 
 class SharingDriver(Driver):
-    """Sequences that pin (even slots at admission) never drop; the others never pin, and may."""
+    """Most sequences pin what they borrow and publish, and never drop; the others never pin, and may."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed, WEIGHTS)
