@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import concurrency, context_extension, kv_memory, layers, ttft
+from benchmarks import (
+    concurrency,
+    context_extension,
+    kv_memory,
+    layers,
+    live_sequences,
+    prefill_pages,
+    prefix_cache,
+    ttft,
+)
 from benchmarks.common import Elapsed
 from benchmarks.prompts import load_text, load_tokenizer
 from tests.benchmarks.builders import save_model, save_plan, save_text
@@ -141,3 +150,32 @@ def test_freed_pages_are_seen_in_the_hands_of_another_request(tmp_path: Path, mo
     together = {pair["plan"]: pair for pair in content["together"]}
     assert not together["dense"]["ran_at_once"] and not together["dense"]["uses_freed_pages"]
     assert together["short"]["ran_at_once"] and together["short"]["uses_freed_pages"]
+
+
+def test_a_document_asked_again_comes_from_the_cache_with_the_same_answer(
+    tmp_path: Path, model: Path
+) -> None:
+    flags = ("--plans", "dense", "--length", "640", "--answer", "4")
+    (row,) = run(prefix_cache.main, "prefix_cache", tmp_path, model, *flags)["rows"]
+    assert row["cached_tokens"] == 512  # the whole pages of the document's 544 tokens
+    assert row["same_answer"] and row["ratio"] == pytest.approx(
+        row["second_seconds"] / row["first_seconds"], rel=0.05
+    )
+
+
+def test_a_policy_that_lets_pages_go_holds_fewer_at_its_widest_moment(tmp_path: Path, model: Path) -> None:
+    lean = save_plan(tmp_path, "lean", "prefill: {chunk: 64}\nkv: {policy: streaming, sink: 64, window: 128}")
+    flags = ("--plans", "dense", str(lean), "--length", "640")
+    dense, short = run(prefill_pages.main, "prefill_pages", tmp_path, model, *flags)["rows"]
+    assert dense["pages"] == 3 * 2 * 10
+    assert short["pages"] <= 3 * 2 * 5 and short["ratio"] == pytest.approx(
+        short["pages"] / dense["pages"], abs=1e-3
+    )
+
+
+def test_more_sequences_live_where_a_policy_forgets(tmp_path: Path, model: Path) -> None:
+    short = save_plan(tmp_path, "short", "kv: {policy: snapkv, budget: 64}")
+    flags = ("--plans", "dense", str(short), "--length", "512", "--answer", "64", "--requests", "6")
+    dense, lean = run(live_sequences.main, "live_sequences", tmp_path, model, *flags)["rows"]
+    assert (dense["bound"], dense["requests"]) == (4, 4) and lean["requests"] == 6
+    assert lean["bound"] > dense["bound"] >= dense["live"] >= 1
