@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality --calibrate emma.txt --plans a.yaml b.yaml    # to choose a setting
     python -m benchmarks.quality --report mansfield.txt --plans a.yaml         # to say what it costs
+    python -m benchmarks.quality --plans snapkv:kv.budget=512 snapkv           # with an option changed
 
 "prefill" columns judge rows of the prompt, read as the prefill method says; "decode" columns judge tokens
 replayed behind it, read from what the KV policy kept. The gate for any speed claim: digits at most 3 points
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,7 @@ from benchmarks.common import (
 from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.scoring import Scored, Scorer
 from benchmarks.tasks import Chat, Task, needles, plain, repeated
-from configs.loading import load_plan
+from benchmarks.variants import load_variant
 from configs.schema import EngineConfig
 from server.tokenizer import Tokenizer
 
@@ -158,9 +160,9 @@ def gate(tally: Tally, dense: Tally) -> str:
 
 def refuse_calibration_text(text: Text, folder: Path) -> None:
     """A report on the text that a setting was chosen on would praise the choice."""
-    earlier = folder / "quality-calibration.json"
-    if earlier.exists() and json.loads(earlier.read_text())["settings"]["sha256"] == text.sha256:
-        raise CannotRun(f"{text.name} is the text of {earlier.name}: report on another one")
+    for earlier in folder.glob("quality*-calibration.json"):
+        if json.loads(earlier.read_text())["settings"]["sha256"] == text.sha256:
+            raise CannotRun(f"{text.name} is the text of {earlier.name}: report on another one")
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -215,6 +217,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
+    parser.add_argument("--name", default="quality", help="of the JSON file: one run, one file")
     return parser.parse_args(arguments)
 
 
@@ -229,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.calibrate is None:
         refuse_calibration_text(text, out)
     chat = chat_form(folder) if asked.form == "chat" else None
-    plans = {plan.name: plan for plan in map(load_plan, [DENSE, *asked.plans])}
+    plans = {plan.name: plan for plan in map(load_variant, [DENSE, *asked.plans])}
     longest = max(asked.lengths) + max(asked.replayed, 16 * asked.needles_per_text) + 1
     scorer = Scorer(
         folder,
@@ -244,12 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings |= {"model": folder.name, "text": text.name, "sha256": text.sha256, "threads": asked.threads}
     settings["plans"] = {name: plan.model_dump(mode="json") for name, plan in plans.items()}
     rows: list[dict[str, Any]] = []
-    name = "quality" if asked.calibrate is None else "quality-calibration"
+    name = asked.name if asked.calibrate is None else f"{asked.name}-calibration"
     skipped: dict[int, str] = {}
     for length in asked.lengths:
         tallies = {plan: Tally() for plan in plans}
         try:
-            for kind, task in tasks(text, tokenizer, chat, length, asked):
+            for number, (kind, task) in enumerate(tasks(text, tokenizer, chat, length, asked), start=1):
+                print(f"{length} tokens, text {number}: {kind}", file=sys.stderr)
                 dense: Tensor | None = None
                 for plan, tally in tallies.items():
                     scored = scorer.score(plan, task.tokens, task.prompt_length, task.positions)

@@ -1,6 +1,7 @@
 """Results and timings: what a benchmark writes can be repeated and trusted."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from benchmarks.all import PARTS
 from benchmarks.common import CannotRun, exit_with, interleaved_medians, print_table, write_results
 from benchmarks.parts import CANNOT_RUN, ROOT, Part, failed, run_parts
+from benchmarks.variants import load_variant
+from configs.errors import ConfigError
 from configs.loading import load_plan
 
 
@@ -104,3 +107,19 @@ def test_parts_are_run_saved_skipped_and_stopped_in_time() -> None:
 def test_no_part_starts_after_the_time_for_all() -> None:
     (outcome,) = run_parts([Part("late", ("-c", "raise SystemExit(1)"))], lambda done: None, total=0.0)
     assert outcome.status == "skipped" and "are over" in (outcome.reason or "")
+
+
+def test_a_plan_may_be_named_with_options_changed() -> None:
+    plan = load_variant(
+        "hip:prefill.keep=[256, 128, 64],prefill.dense_below=0,kv.policy=snapkv,kv.budget=512"
+    )
+    assert plan.name.startswith("hip:") and plan.prefill.method == "hip" and plan.prefill.dense_below == 0
+    assert plan.prefill.options["keep"] == [256, 128, 64]
+    assert plan.kv.policy == "snapkv" and plan.kv.options == {"budget": 512}
+    assert load_variant("hip") == load_plan("hip")
+
+
+@pytest.mark.parametrize("change", ["budget=512", "kv.budget", "cache.dtype=int8"])
+def test_a_change_that_names_no_option_of_a_plan_is_refused(change: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(change)):
+        load_variant(f"snapkv:{change}")
