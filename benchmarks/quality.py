@@ -15,8 +15,10 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,18 @@ from benchmarks.common import (
     results_folder,
     write_results,
 )
+from benchmarks.kvpress_scorer import KvpressScorer
 from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.scoring import Scored, Scorer
 from benchmarks.tasks import Chat, Task, needles, plain, repeated
 from benchmarks.variants import load_variant
+from configs.plan import PlanFile
 from configs.schema import EngineConfig
 from server.tokenizer import Tokenizer
 
 DENSE = "dense"
 PASSAGE = 832  # tokens of the repeated passage, less in short prompts
+Score = Callable[[Sequence[int], int, Sequence[int]], Scored]  # tokens, prompt length, positions
 GATE_NEEDLES = 100
 GATE_DIGITS = 0.03
 GATE_COPY = 1.05
@@ -213,12 +218,52 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="judge no row of a prompt: plans that read prompts alike compute each once, together",
     )
+    parser.add_argument(
+        "--kvpress-python", metavar="PYTHON", help="an interpreter that has kvpress: its SnapKV, too"
+    )
+    parser.add_argument("--kvpress-budgets", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
     parser.add_argument("--name", default="quality", help="of the JSON file: one run, one file")
     return parser.parse_args(arguments)
+
+
+def score_by_name(
+    asked: argparse.Namespace, folder: Path, plans: Sequence[PlanFile], stack: ExitStack
+) -> dict[str, Score]:
+    """How each plan, and each peer, scores given tokens. `stack` ends what is started."""
+    scorer = Scorer(
+        folder,
+        EngineConfig(model=asked.model),
+        plans,
+        dtype=asked.dtype,
+        device=asked.device,
+        longest=max(asked.lengths) + max(asked.replayed, 16 * asked.needles_per_text) + 1,
+    )
+    found: dict[str, Score] = {plan.name: partial(scorer.score, plan.name) for plan in plans}
+    if asked.kvpress_python is not None:
+        if not asked.decode_only:
+            raise CannotRun("kvpress keeps the logits of a prompt to itself: add --decode-only")
+        kvpress = KvpressScorer(asked.kvpress_python, folder, asked.threads)
+        stack.callback(kvpress.close)
+        for budget in asked.kvpress_budgets:
+            found[f"kvpress {kvpress.version}: snapkv {budget}"] = partial(kvpress.score, budget)
+    return found
+
+
+def judge_all(score: dict[str, Score], work: Iterator[tuple[str, Task]], length: int) -> dict[str, Tally]:
+    """Every task of one length under every plan, dense first."""
+    tallies = {name: Tally() for name in score}
+    for number, (kind, task) in enumerate(work, start=1):
+        print(f"{length} tokens, text {number}: {kind}", file=sys.stderr)
+        dense: Tensor | None = None
+        for name, tally in tallies.items():
+            scored = score[name](task.tokens, task.prompt_length, task.positions)
+            judged = judge(kind, task, scored, dense, tally)
+            dense = judged if dense is None else dense
+    return tallies
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -232,39 +277,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.calibrate is None:
         refuse_calibration_text(text, out)
     chat = chat_form(folder) if asked.form == "chat" else None
-    plans = {plan.name: plan for plan in map(load_variant, [DENSE, *asked.plans])}
-    longest = max(asked.lengths) + max(asked.replayed, 16 * asked.needles_per_text) + 1
-    scorer = Scorer(
-        folder,
-        EngineConfig(model=asked.model),
-        list(plans.values()),
-        dtype=asked.dtype,
-        device=asked.device,
-        longest=longest,
-    )
+    plans = list({plan.name: plan for plan in map(load_variant, [DENSE, *asked.plans])}.values())
     names = ("lengths", "needles", "needles_per_text", "form", "samples", "rows", "replayed", "dtype")
     settings = {name: getattr(asked, name) for name in names}
     settings |= {"model": folder.name, "text": text.name, "sha256": text.sha256, "threads": asked.threads}
-    settings["plans"] = {name: plan.model_dump(mode="json") for name, plan in plans.items()}
+    settings["plans"] = {plan.name: plan.model_dump(mode="json") for plan in plans}
     rows: list[dict[str, Any]] = []
     name = asked.name if asked.calibrate is None else f"{asked.name}-calibration"
     skipped: dict[int, str] = {}
-    for length in asked.lengths:
-        tallies = {plan: Tally() for plan in plans}
-        try:
-            for number, (kind, task) in enumerate(tasks(text, tokenizer, chat, length, asked), start=1):
-                print(f"{length} tokens, text {number}: {kind}", file=sys.stderr)
-                dense: Tensor | None = None
-                for plan, tally in tallies.items():
-                    scored = scorer.score(plan, task.tokens, task.prompt_length, task.positions)
-                    judged = judge(kind, task, scored, dense, tally)
-                    dense = judged if dense is None else dense
-        except CannotRun as error:
-            skipped[length] = str(error)
-            print(f"{length} tokens skipped: {error}")
-            continue
-        rows += [row(length, plan, tally, tallies[DENSE]) for plan, tally in tallies.items()]
-        write_results(name, {"settings": settings, "rows": rows, "skipped": skipped}, device, out)
+    with ExitStack() as stack:
+        score = score_by_name(asked, folder, plans, stack)
+        for length in asked.lengths:
+            try:
+                tallies = judge_all(score, tasks(text, tokenizer, chat, length, asked), length)
+            except CannotRun as error:
+                skipped[length] = str(error)
+                print(f"{length} tokens skipped: {error}")
+                continue
+            rows += [row(length, plan, tally, tallies[DENSE]) for plan, tally in tallies.items()]
+            write_results(name, {"settings": settings, "rows": rows, "skipped": skipped}, device, out)
     if not rows:
         raise CannotRun("the text is too short for every length")
     show(rows)

@@ -18,6 +18,12 @@ class PagedKeys:
     k_pool: Tensor
     v_pool: Tensor
     pages: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k_pool.dtype
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
         ids = self.pages.long()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,45 @@ def test_nothing_is_reported_on_the_text_it_was_chosen_on(tmp_path: Path, model:
     run(tmp_path, model, "--calibrate", text, "--plans", str(short))
     with pytest.raises(CannotRun, match="report on another"):
         run(tmp_path, model, "--report", text, "--plans", str(short))
+
+
+# Made up but for its surface: a press that keeps the first tokens.
+KVPRESS = """
+from contextlib import contextmanager
+
+class SnapKVPress:
+    def __init__(self, compression_ratio):
+        self.ratio = compression_ratio
+
+    @contextmanager
+    def __call__(self, model):
+        def crop(module, args, kwargs, output):
+            cache = kwargs["past_key_values"]
+            cache.crop(round(cache.get_seq_length() * (1 - self.ratio)))
+        hook = model.register_forward_hook(crop, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+"""
+
+
+def test_kvpress_is_judged_beside_ours_on_the_same_tokens(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "packages"
+    (package / "kvpress-9.8.dist-info").mkdir(parents=True)
+    (package / "kvpress-9.8.dist-info" / "METADATA").write_text("Name: kvpress\nVersion: 9.8\n")
+    (package / "kvpress.py").write_text(KVPRESS)
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    flags = ("--report", str(save_text(tmp_path)), "--plans", "dense", "--decode-only")
+    peer = ("--kvpress-python", sys.executable, "--kvpress-budgets", "512", "128")
+    rows = {row["plan"]: row for row in run(tmp_path, model, *flags, *peer)["rows"]}
+    whole, part = rows["kvpress 9.8: snapkv 512"], rows["kvpress 9.8: snapkv 128"]
+    assert whole["kept"] == 1 and abs(whole["kl_decode"]) < 1e-5, "what keeps all is dense, in float32"
+    assert part["kept"] == pytest.approx(0.25, abs=0.01) and part["kl_decode"] > 1e-3
+    with pytest.raises(CannotRun, match="decode-only"):
+        run(tmp_path, model, *flags[:-1], *peer)
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(CannotRun, match="pip install kvpress"):
+        run(tmp_path, model, *flags, *peer)
