@@ -150,7 +150,9 @@ class SnapKVPress:
     def __call__(self, model):
         def crop(module, args, kwargs, output):
             cache = kwargs["past_key_values"]
-            cache.crop(round(cache.get_seq_length() * (1 - self.ratio)))
+            leaving = round(cache.get_seq_length() * self.ratio)
+            if leaving:
+                cache.crop(-leaving)
         hook = model.register_forward_hook(crop, with_kwargs=True)
         try:
             yield
