@@ -1,4 +1,4 @@
-"""Prefill attention of one layer on a GPU: torch's SDPA backends, our dense, sparse, mixed heads, and chunks.
+"""Prefill attention of one layer on a GPU: SDPA, flash-attn, our dense, sparse, mixed heads, and chunks.
 
     python -m benchmarks.gpu_attention --lengths 131072 32768 --heads 32 8 --head-dim 128
 
@@ -8,12 +8,15 @@ Under TRITON_INTERPRET=1 it runs on a CPU, to be tested: its times mean nothing 
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,7 @@ from benchmarks.random_prompts import Shape, draw_prompt, draw_selection
 from configs.model import ModelInfo
 from kvcache.state import StateRegistry
 from sparse.base import Chunk
+from sparse.kernels.flash_dense import FlashDense
 from sparse.minference import MInference
 from sparse.recall import causal_cells, read_cells
 from sparse.selection import Selection, dense
@@ -48,7 +52,7 @@ class Row:
     density: float  # cells computed over causal cells
     milliseconds: float
     tflops: float  # of the cells computed
-    over_best_sdpa: float | None  # time of torch's best dense attention over this one's
+    over_best_other: float | None  # time of the best dense attention of others over this one's
     share: float | None  # own dense time x density / time
 
 
@@ -102,6 +106,17 @@ class Bench:
             chunk = self.chunk(start, end - start)
             self.attend(x.q[:, start:end], x.keys, chunk, everything, scale=self.scale)
 
+    def flash_attn(self, flash: Callable[..., Any]) -> Callable[[int], Tensor]:
+        """The flash-attn package, the gathering of our pages included."""
+        attend = FlashDense(flash, self.attend)
+
+        def run(index: int) -> Tensor:
+            x = self.prompts[index % INPUT_SETS]
+            everything = dense(self.shape.device)
+            return attend(x.q, x.keys, self.whole, everything, scale=self.scale).out
+
+        return run
+
     def torchs(self, backend: SDPBackend) -> Callable[[int], Tensor]:
         def run(index: int) -> Tensor:
             x = self.prompts[index % INPUT_SETS]
@@ -142,11 +157,13 @@ def _timed(run: Callable[[int], object], index: int, device: torch.device) -> fl
 
 
 def baselines(bench: Bench) -> dict[str, Callable[[int], object]]:
-    """Dense attention as torch has it for this shape on this machine; ours must agree with each."""
+    """Dense attention as others have it for this shape on this machine; ours must agree with each."""
     cases: dict[str, Callable[[int], object]] = {}
     ours = bench.ours(dense(bench.shape.device))(0)
-    for name, backend in BACKENDS.items():
-        run = bench.torchs(backend)
+    runs = {name: bench.torchs(backend) for name, backend in BACKENDS.items()}
+    with contextlib.suppress(ImportError):
+        runs["flash-attn"] = bench.flash_attn(import_module("flash_attn").flash_attn_func)
+    for name, run in runs.items():
         try:
             theirs = run(0)
         except RuntimeError as error:  # "no available kernel": this build or shape has none
@@ -243,7 +260,7 @@ def measure_index(bench: Bench, rounds: int) -> list[Index]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    headings = ("tokens", "case", "density", "ms", "TFLOP/s", "x best SDPA", "share of 1/density")
+    headings = ("tokens", "case", "density", "ms", "TFLOP/s", "x best other", "share of 1/density")
     print_table("Prefill attention, one layer", headings, [astuple(row) for row in rows])
 
 
