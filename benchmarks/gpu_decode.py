@@ -24,8 +24,9 @@ import kvcache.decode
 from benchmarks.common import CannotRun, exit_with, print_table, write_results
 from benchmarks.gpu_attention import ceilings, medians
 from configs.model import PAGE_SIZE, ModelInfo
+from configs.quantised import FP8, INT8, is_quantised, token_bytes
 from kvcache.cache import CacheSize, KVCache
-from kvcache.moves import TORCH_MOVES, Moves
+from kvcache.moves import TORCH_MOVES, Moves, store
 from kvcache.pool import PagePool, pages_for
 from kvcache.state import StateRegistry
 
@@ -44,6 +45,7 @@ class Shape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    page_dtype: torch.dtype | None = None  # of quantised pages
 
     @property
     def hidden(self) -> int:
@@ -117,7 +119,7 @@ class Bench:
         held = torch.full((batch, shape.num_kv_heads), tokens, dtype=torch.int32, device=shape.device)
 
         def layer(attend: Callable[..., Tensor], i: int) -> Tensor:
-            return attend(q[i], self.pool.k, self.pool.v, tables[i], held, scale=self.scale, max_held=tokens)
+            return self._attend(attend, q[i], tables[i], held, tokens)
 
         ours, torchs = layer(self.attend_rows, 0), layer(kvcache.decode.attend_rows, 0)
         error = float((ours.float() - torchs.float()).norm() / torchs.float().norm())
@@ -125,6 +127,18 @@ class Bench:
             f"decode differs from torch by {error}"
         )
         return lambda: torch.stack([layer(self.attend_rows, i) for i in range(shape.num_layers)])
+
+    def _attend(
+        self, attend: Callable[..., Tensor], q: Tensor, pages: Tensor, held: Tensor, tokens: int
+    ) -> Tensor:
+        pool = self.pool
+        return attend(
+            *(q, pool.k, pool.v, pages, held),
+            scale=self.scale,
+            max_held=tokens,
+            k_scales=pool.k_scales,
+            v_scales=pool.v_scales,
+        )
 
     def step(self, batch: int, tokens: int) -> Callable[[], Tensor]:
         """Linear layers, store and attention of every layer, each on what the last one gave."""
@@ -140,9 +154,7 @@ class Bench:
                 mixed = torch.nn.functional.rms_norm(x, (shape.hidden,)) @ qkv
                 q, k, v = mixed.view(batch, -1, shape.head_dim).split(heads, dim=1)
                 self.store(self.pool, k, v, last[i])
-                attended = self.attend_rows(
-                    q, self.pool.k, self.pool.v, tables[i], held, scale=self.scale, max_held=tokens
-                )
+                attended = self._attend(self.attend_rows, q, tables[i], held, tokens)
                 x = x + attended.reshape(batch, -1) @ out
                 gate, up = (torch.nn.functional.rms_norm(x, (shape.hidden,)) @ gate_up).chunk(2, dim=1)
                 x = x + (torch.nn.functional.silu(gate) * up) @ down
@@ -153,7 +165,7 @@ class Bench:
     def kv_bytes(self, batch: int, tokens: int) -> int:
         """Keys and values that attention of all layers reads."""
         shape = self.shape
-        token = 2 * shape.head_dim * shape.dtype.itemsize
+        token = 2 * token_bytes(shape.head_dim, shape.page_dtype or shape.dtype)
         return shape.num_layers * batch * shape.num_kv_heads * tokens * token
 
     @property
@@ -163,9 +175,16 @@ class Bench:
 
 def random_pool(shape: Shape, num_pages: int) -> PagePool:
     """Pages full of random tokens: zeros would hide what is not read."""
-    pool = PagePool(num_pages, shape.head_dim, dtype=shape.dtype, device=shape.device, states=StateRegistry())
-    for tensor in (pool.k, pool.v):
-        tensor.normal_()
+    dtype = shape.page_dtype or shape.dtype
+    pool = PagePool(num_pages, shape.head_dim, dtype=dtype, device=shape.device, states=StateRegistry())
+    if not is_quantised(dtype):
+        for tensor in (pool.k, pool.v):
+            tensor.normal_()
+        return pool
+    destinations = torch.arange(num_pages * PAGE_SIZE, device=shape.device)
+    for part in destinations.split(1 << 20):
+        k, v = torch.randn(2, 1, len(part), shape.head_dim, device=shape.device, dtype=shape.dtype)
+        store(pool, k, v, part[None])
     return pool
 
 
@@ -225,9 +244,10 @@ def compaction(shape: Shape, length: int, kept: int, rounds: int) -> list[Compac
         dtype=shape.dtype,
         device=shape.device,
         states=StateRegistry(),
+        page_dtype=shape.page_dtype,
     )
-    for tensor in (cache.pool.k, cache.pool.v):
-        tensor.normal_()
+    for tensor in cache.pool.by_token:
+        tensor.random_(0, 100)
     shares = torch.rand(shape.num_layers, shape.num_kv_heads, length, device=shape.device)
     keep = shares < kept / length
     for index in range(-1, rounds):  # the first round is not counted: it compiles and warms up
@@ -272,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("HQ", "HKV"))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--page-dtype", choices=["int8", "fp8"], help="of pages; default: as --dtype")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
     asked = parser.parse_args(arguments)
@@ -279,7 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available() and not interpreted:
         raise CannotRun("no CUDA device")
     device = torch.device("cpu" if interpreted else "cuda")
-    shape = Shape(asked.layers, *asked.heads, asked.head_dim, getattr(torch, asked.dtype), device)
+    page_dtype = {None: None, "int8": INT8, "fp8": FP8}[asked.page_dtype]
+    shape = Shape(asked.layers, *asked.heads, asked.head_dim, getattr(torch, asked.dtype), device, page_dtype)
     torch.manual_seed(0)
     reached = ceilings(device, shape.dtype)
     settings = {
@@ -287,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "heads": asked.heads,
         "head_dim": asked.head_dim,
         "dtype": asked.dtype,
+        "page_dtype": asked.page_dtype,
     }
     rows = measure(shape, asked.rows, asked.rounds, reached["copy_gb_per_s"])
     results = {"settings": settings, "ceilings": reached, "rows": [asdict(row) for row in rows]}
@@ -294,7 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     headings = ("case", "batch", "tokens", "ms", "ms one by one", "GB", "GB/s", "share of copy")
     print_table(f"Decode, {asked.layers} layers", headings, [astuple(row) for row in rows])
     if asked.compact:
-        compact_shape = Shape(asked.compact_layers, *asked.heads, asked.head_dim, shape.dtype, device)
+        compact_shape = Shape(
+            asked.compact_layers, *asked.heads, asked.head_dim, shape.dtype, device, page_dtype
+        )
         done = compaction(compact_shape, asked.compact, min(KEPT, asked.compact // 4), min(3, asked.rounds))
         write_results("gpu_decode", results | {"compaction": [asdict(x) for x in done]}, device, asked.out)
         title = f"Compaction of a prompt, {asked.compact_layers} layers"

@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=7936, help="prompt tokens")
     parser.add_argument("--answer", type=int, default=256, help="tokens that keep a sequence alive")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--cache-dtype", default="auto", choices=["auto", "int8", "fp8"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = [text.ring(start, asked.length) for start in (0, START_OF_SECOND)]
     plans = (KEEP_ALL, Path(asked.compressed).stem)
     flags = [asked.model, "--plan", KEEP_ALL, "--plan", asked.compressed]
-    flags += ["--dtype", asked.dtype, "--threads", str(asked.threads)]
+    flags += ["--dtype", asked.dtype, "--cache-dtype", asked.cache_dtype, "--threads", str(asked.threads)]
     flags += ["--max-model-len", str(asked.length + asked.answer)]
 
     with serving(*flags) as server:
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "model": folder.name,
             "prompt_tokens": asked.length,
             "dtype": asked.dtype,
+            "cache_dtype": asked.cache_dtype,
             "threads": asked.threads,
             "text": text.name,
             "compressed": plans[1],

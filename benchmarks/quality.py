@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import oracle
 from benchmarks.common import (
     CannotRun,
     exit_with,
@@ -223,6 +224,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--kvpress-budgets", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--cache-dtype", choices=["int8", "fp8"], help="judge every plan over pages of codes, too"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
@@ -234,15 +238,19 @@ def score_by_name(
     asked: argparse.Namespace, folder: Path, plans: Sequence[PlanFile], stack: ExitStack
 ) -> dict[str, Score]:
     """How each plan, and each peer, scores given tokens. `stack` ends what is started."""
-    scorer = Scorer(
-        folder,
-        EngineConfig(model=asked.model),
-        plans,
-        dtype=asked.dtype,
-        device=asked.device,
-        longest=max(asked.lengths) + max(asked.replayed, 16 * asked.needles_per_text) + 1,
-    )
-    found: dict[str, Score] = {plan.name: partial(scorer.score, plan.name) for plan in plans}
+    found: dict[str, Score] = {}
+    for cache_dtype in ("auto", asked.cache_dtype) if asked.cache_dtype else ("auto",):
+        scorer = Scorer(
+            folder,
+            EngineConfig(model=asked.model),
+            plans,
+            dtype=asked.dtype,
+            device=asked.device,
+            longest=max(asked.lengths) + max(asked.replayed, 16 * asked.needles_per_text) + 1,
+            cache_dtype=cache_dtype,
+        )
+        over = "" if cache_dtype == "auto" else f" over {cache_dtype}"
+        found |= {f"{plan.name}{over}": partial(scorer.score, plan.name) for plan in plans}
     if asked.kvpress_python is not None:
         if not asked.decode_only:
             raise CannotRun("kvpress keeps the logits of a prompt to itself: add --decode-only")
@@ -277,9 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.calibrate is None:
         refuse_calibration_text(text, out)
     chat = chat_form(folder) if asked.form == "chat" else None
+    oracle.register()
     plans = list({plan.name: plan for plan in map(load_variant, [DENSE, *asked.plans])}.values())
-    names = ("lengths", "needles", "needles_per_text", "form", "samples", "rows", "replayed", "dtype")
-    settings = {name: getattr(asked, name) for name in names}
+    names = ("lengths", "needles", "needles_per_text", "form", "samples", "rows", "replayed")
+    settings = {name: getattr(asked, name) for name in (*names, "dtype", "cache_dtype")}
     settings |= {"model": folder.name, "text": text.name, "sha256": text.sha256, "threads": asked.threads}
     settings["plans"] = {plan.name: plan.model_dump(mode="json") for plan in plans}
     rows: list[dict[str, Any]] = []

@@ -20,6 +20,7 @@ class PagedKeys:
     pages: Tensor
     k_scales: Tensor | None = None
     v_scales: Tensor | None = None
+    has_holes: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

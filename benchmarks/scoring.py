@@ -24,6 +24,7 @@ from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.self_check import checked
+from engine.startup import page_dtype_for
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
 
@@ -74,6 +75,7 @@ class Scorer:
         dtype: str,
         device: str,
         longest: int,
+        cache_dtype: str = "auto",
     ) -> None:
         """`longest`: tokens of the longest sequence to score."""
         attention.register()
@@ -86,10 +88,13 @@ class Scorer:
         )
         info = model_info(folder, model)
         states = StateRegistry()
-        self.plans: dict[str, ResolvedPlan] = resolve_plans(list(plans), info, states)
+        self.plans: dict[str, ResolvedPlan] = resolve_plans(
+            list(plans), info, states, cache_dtype=cache_dtype
+        )
         config = SchedulerConfig(max_num_seqs=1)
         on = torch.device(device)
-        kernels = checked(kernels_for(on), info, getattr(torch, dtype), on)
+        page_dtype = page_dtype_for(cache_dtype, device)
+        kernels = checked(kernels_for(on, page_dtype), info, getattr(torch, dtype), on, page_dtype)
         self._cache = KVCache(
             info,
             CacheSize(self._pages(info, longest), config.max_num_seqs, longest + PAGE_SIZE),
@@ -97,6 +102,7 @@ class Scorer:
             device=on,
             states=states,
             moves=kernels.moves,
+            page_dtype=page_dtype,
         )
         runner = ModelRunner(network, self._cache, kernels, on)
         self._engine = Engine(self.plans, Scheduler(config, self._cache), runner, self._cache, ())

@@ -4,6 +4,7 @@ minference    my-plan.yaml    minference:prefill.vertical=500,prefill.slash=150 
 """
 
 import re
+from pathlib import Path
 
 import yaml
 
@@ -29,3 +30,10 @@ def load_variant(spec: str) -> PlanFile:
         part, option, value = match.groups()
         content[part][option] = yaml.safe_load(value)
     return PlanFile(**content, name=spec, source=plan.source)
+
+
+def save_variant(spec: str, folder: Path) -> Path:
+    """The same as a file of that name, for what loads plans from files. Its paths must not be relative."""
+    path = folder / f"{spec}.yaml"
+    path.write_text(yaml.safe_dump(load_variant(spec).model_dump(mode="json")), encoding="utf-8")
+    return path

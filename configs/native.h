@@ -26,6 +26,7 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float LooseFloats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint16_t LooseHalves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int32_t LooseInts __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
@@ -35,6 +36,17 @@ inline Floats load(const uint16_t* from) {
   const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
   return reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
 }
+// From whole numbers of 8 bits, with their sign.
+inline Ints load_bytes(const void* from) {
+#if defined(__AVX512F__) && FARSPAN_LANES == 16
+  return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+#elif defined(__AVX2__) && FARSPAN_LANES == 8
+  return reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(*static_cast<const LooseBytes*>(from), Ints);  // GCC converts one by one with AVX2
+#endif
+}
+inline Floats load(const int8_t* from) { return __builtin_convertvector(load_bytes(from), Floats); }
 inline void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
 inline void store(int32_t* to, Ints x) { *reinterpret_cast<LooseInts*>(to) = x; }
 inline Floats splat(float x) { return x - Floats{}; }  // x + 0 would turn -0 into 0 and could not be folded
@@ -155,6 +167,54 @@ inline Ints pair_of_bf16(Floats even, Floats odd) {
 
 inline void widen(const uint16_t* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(from[i]);
+}
+
+// What a page holds, as configs/quantised.py and the pools' dtype have it. Codes mean something with their scales only.
+enum PoolType : int32_t { POOL_FP32, POOL_BF16, POOL_INT8, POOL_FP8 };
+
+struct Fp8 {  // e4m3fn, no NaN among codes
+  uint8_t bits;
+};
+
+template <typename Element>
+constexpr bool IS_CODE = false;
+template <>
+constexpr bool IS_CODE<int8_t> = true;
+template <>
+constexpr bool IS_CODE<Fp8> = true;
+
+inline float float_of(int8_t code) { return code; }
+inline float float_of(Fp8 code) {
+  // Exponent and mantissa move to where a float has them, 120 makes up for the difference of the biases. Codes below 8
+  // have no leading one.
+  const int32_t magnitude = code.bits & 0x7f;
+  const int32_t bits = (magnitude << 20) + (120 << 23);
+  float normal;
+  std::memcpy(&normal, &bits, sizeof normal);
+  const float size = magnitude < 8 ? magnitude * 0x1p-9f : normal;
+  return code.bits & 0x80 ? -size : size;
+}
+inline Floats load(const Fp8* from) {
+  const Ints bits = load_bytes(from);
+  const Ints magnitude = bits & 0x7f;
+  const Floats normal = reinterpret_cast<Floats>((magnitude << 20) + (120 << 23));
+  const Floats size = magnitude < 8 ? __builtin_convertvector(magnitude, Floats) * 0x1p-9f : normal;
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(size) | (bits & static_cast<int32_t>(0x80000000)));
+}
+
+// Codes [num_tokens][head_dim] times the scale of each token.
+template <typename Code>
+inline void widen(const Code* codes, const float* scales, float* to, int64_t num_tokens, int64_t head_dim) {
+  for (int64_t token = 0; token < num_tokens; ++token)
+    for (int64_t d = token * head_dim; d < (token + 1) * head_dim; ++d) to[d] = float_of(codes[d]) * scales[token];
+}
+
+// The same, rounded to bf16.
+template <typename Code>
+inline void widen(const Code* codes, const float* scales, uint16_t* to, int64_t num_tokens, int64_t head_dim) {
+  for (int64_t token = 0; token < num_tokens; ++token)
+    for (int64_t d = token * head_dim; d < (token + 1) * head_dim; ++d)
+      to[d] = float_to_bf16(float_of(codes[d]) * scales[token]);
 }
 
 }  // namespace farspan

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from configs.logs import LogFormat
 from configs.model import PAGE_SIZE
 from configs.rope import check_rope_scaling
 
@@ -62,12 +63,22 @@ class CacheConfig(_Section):
     kv_cache_memory_bytes: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | None = Field(
         None, description="bytes of the page pool, e.g. 4GiB; default: from measured free memory"
     )
+    dtype: Literal["auto", "fp8", "int8"] = Field(
+        "auto", description="of keys and values in pages; auto: the model's; fp8, int8: one byte, and a scale"
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="share of GPU memory to use, weights included"
     )
     enable_prefix_caching: bool = Field(
         True,
         description="compute an equal beginning of several prompts once, and keep it while pages are free",
+    )
+    host_memory: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = Field(
+        0,
+        description="bytes of a second pool on the host, where sequences give way to others; 0: none",
+    )
+    host_columns: float = Field(
+        0.5, ge=0, le=1, description="share of it for beginnings of prompts that the pool has no room for"
     )
 
 
@@ -103,6 +114,9 @@ class ServerConfig(_Section):
         (), exclude=True, repr=False, description="keys that clients need; none: everybody may enter"
     )
     api_key_file: Path | None = Field(None, description="more keys, one a line")
+    admin_key_file: Path | None = Field(
+        None, description="keys for admin routes, one a line; none: no routes"
+    )
     max_open_requests: int = Field(1024, ge=1, description="requests open at once; more get 503")
     max_queued_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | Literal["auto"] = Field(
         "auto",
@@ -112,8 +126,21 @@ class ServerConfig(_Section):
     max_requests_per_key: int | None = Field(
         None, ge=1, description="requests that one API key may have open; more get 429"
     )
+    engine_restarts: int = Field(
+        3, ge=0, description="deaths of the engine process in ten minutes after which it is started again"
+    )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="seconds that open requests have to end after SIGTERM"
+    )
+    metrics_prefix: Literal["farspan", "vllm"] = Field(
+        "farspan", description="what series begin with at /metrics that vLLM has, too"
+    )
+    log_format: LogFormat = Field("text", description="lines for people, or one JSON object a line")
+    log_requests: bool = Field(
+        False, description="a line for every ended request: times and counts, nothing of its text"
+    )
+    otlp_traces_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="where spans of requests go (OTLP over HTTP); none: nowhere"
     )
     ssl_certfile: Path | None = Field(None, description="certificate chain (PEM) for HTTPS")
     ssl_keyfile: Path | None = Field(None, description="its private key (PEM)")

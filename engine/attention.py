@@ -20,12 +20,13 @@ from engine.kernels import Kernels
 from engine.plans import ResolvedPlan
 from engine.rope import Rope
 from kvcache.cache import KVCache
-from kvcache.decode import Rows
+from kvcache.decode import DecodeMethod, Queries, Rows, RowSelection
 from kvcache.reach import Reach
+from kvcache.state import NewKeys
 from sparse.base import Chunk, KeyView, PrefillMethod
 from sparse.dense import Dense
 from sparse.masks import intersect
-from sparse.recall import causal_cells, raise_to_floor, read_cells, recall
+from sparse.recall import causal_cells, raise_to_floor, read_cells_by_head, recall
 from sparse.selection import ExactRows, Selection, dense
 
 IMPLEMENTATION = "farspan"  # the name transformers knows our attention by
@@ -44,6 +45,34 @@ class Layer:
 
 
 @dataclass(slots=True, eq=False)
+class DecodeRun:
+    """The sequences of one decode method in this forward: one new token of each."""
+
+    method: DecodeMethod
+    span: slice  # their part of the packed tokens
+    destinations: Tensor  # [L, B, Hkv] int64 into the flattened pool
+    rows: Rows
+    selections: dict[int, RowSelection] = field(default_factory=dict)  # by layer, where not all is read
+    windows: dict[int, int] = field(default_factory=dict)  # by layer, where there is one
+
+    def tokens_read(self) -> list[tuple[int, int]]:
+        """By sequence: tokens read and readable, over layers and KV heads. Waits for the device, once."""
+        held = self.rows.held.clone()  # [L, B, Hkv]
+        for layer, window in self.windows.items():
+            held[layer].clamp_max_(window)
+        readable = read = held.sum((0, 2))
+        if self.selections:
+            chosen = self.selections.values()
+            ids, counts = (
+                torch.cat(parts) for parts in zip(*((s.ids, s.counts) for s in chosen), strict=True)
+            )
+            whole = held[list(self.selections)]
+            lengths = RowSelection(ids, counts, next(iter(chosen)).unit).lengths(whole.flatten(0, 1))
+            read = readable + (lengths.view_as(whole) - whole).sum((0, 2))
+        return list(zip(read.tolist(), readable.tolist(), strict=True))
+
+
+@dataclass(slots=True, eq=False)
 class ChunkRun:
     """One prompt chunk in this forward, and what its layers find out."""
 
@@ -53,8 +82,8 @@ class ChunkRun:
     destinations: Tensor  # [L, Hkv, Tq] int64 into the flattened pool
     dense: bool  # the plan's outcome for this prompt
     reach: Reach | None = None  # on the device: how long pages are read, where the policy knows in advance
-    read_cells: list[Tensor] = field(default_factory=list)  # one scalar a layer, on the device
-    causal_cells: int = 0
+    read_cells: list[Tensor] = field(default_factory=list)  # [Hq] a layer, on the device
+    causal_cells: list[int] = field(default_factory=list)  # of one head, by layer
     recalls: list[Tensor] = field(default_factory=list)  # [Hq, rows] each
     below_floor: list[Tensor] = field(default_factory=list)  # bool: did this layer have to read more?
     knows_recall: bool = True  # not once keys have left that full attention would read
@@ -79,36 +108,39 @@ class ForwardBatch:
     kernels: Kernels
     rope: Rope
     positions: Tensor  # [T] int64, of the packed tokens
-    num_decodes: int = 0
-    decode_destinations: Tensor | None = None  # [L, B, Hkv] int64 into the flattened pool
-    rows: Rows | None = None
-    decode_plan: ResolvedPlan | None = None  # its decode method serves every decode of this forward
+    decodes: list[DecodeRun] = field(default_factory=list)  # one for each decode method
     runs: list[ChunkRun] = field(default_factory=list)
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [Hq, T, D], k and v [Hkv, T, D] of the new tokens, after RoPE -> out [T, Hq, D]."""
         num_heads, num_tokens, head_dim = q.shape
         out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
-        if self.num_decodes:
-            self._attend_decodes(layer, q, k, v, out[: self.num_decodes])
+        for step in self.decodes:
+            self._attend_decodes(
+                step, layer, q[:, step.span], k[:, step.span], v[:, step.span], out[step.span]
+            )
         for run in self.runs:
             self._attend_chunk(run, layer, q[:, run.span], k[:, run.span], v[:, run.span], out[run.span])
         return out
 
-    def _attend_decodes(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """One token of each decoding sequence: q [Hq, T, D], k and v [Hkv, T, D] -> out [B, Hq, D]."""
-        assert self.rows is not None and self.decode_destinations is not None and self.decode_plan is not None
-        cache, rows, new, index = self.cache, self.rows, slice(0, self.num_decodes), layer.index
-        cache.write(k[:, new].transpose(0, 1), v[:, new].transpose(0, 1), self.decode_destinations[index])
-        queries = q[:, new].transpose(0, 1)
-
-        def pre_rope() -> Tensor:
-            return self.rope.unrotate(q[:, new], self.positions[new], index).transpose(0, 1)
-
-        read = self.decode_plan.decode.select(index, queries, pre_rope, rows, cache.states)
-        assert read is None, (
-            "attention over a part of what rows hold comes with the first method that selects"
-        )
+    def _attend_decodes(
+        self, step: DecodeRun, layer: Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+    ) -> None:
+        """One token of each of B sequences: q [Hq, B, D], k and v [Hkv, B, D] -> out [B, Hq, D]."""
+        cache, rows, index = self.cache, step.rows, layer.index
+        destinations, positions = step.destinations[index], self.positions[step.span]
+        rotation, keys = self.rope.rotations[index], k.transpose(0, 1)
+        cache.write(keys, v.transpose(0, 1), destinations)
+        cache.keep_up(NewKeys(index, keys, destinations, positions, rotation, is_chunk=False))
+        queries = q.transpose(0, 1)
+        read = None
+        if layer.features.window is None:
+            asked = Queries(queries, positions, rotation, self.kernels.best_units)
+            read = step.method.select(index, asked, rows, cache.states)
+        else:
+            step.windows[index] = layer.features.window
+        if read is not None:
+            step.selections[index] = read
         pages, held = rows.pages[index], rows.held[index]
         pool = cache.pool
         out.copy_(
@@ -121,6 +153,9 @@ class ForwardBatch:
                 scale=layer.scale,
                 max_held=rows.max_held,
                 features=layer.features,
+                selection=read,
+                k_scales=pool.k_scales,
+                v_scales=pool.v_scales,
             )
         )
 
@@ -141,6 +176,10 @@ class ForwardBatch:
             rotation=self.rope.rotations[index],
         )
         self.cache.write(k, v, run.destinations[index])
+        new = NewKeys(
+            index, k, run.destinations[index], self.positions[run.span], chunk.rotation, is_chunk=True
+        )
+        self.cache.keep_up(new)
         keys = self.cache.view(chunk.slot, index, chunk.start + chunk.length)
         selection = run.method(index).select(index, q, keys, chunk, scale=scale)
         if run.reach is not None and run.reach.masks[index]:
@@ -156,8 +195,8 @@ class ForwardBatch:
             selection = self._exact_again(q, keys, chunk, selection, layer)
         attended = self.kernels.attend(q, keys, chunk, selection, scale=scale, features=features)
         out.copy_(attended.out.transpose(0, 1))
-        run.read_cells.append(read_cells(selection, chunk, q.shape[0], features.window))
-        run.causal_cells += causal_cells(chunk, q.shape[0], features.window)
+        run.read_cells.append(read_cells_by_head(selection, chunk, q.shape[0], features.window))
+        run.causal_cells.append(causal_cells(chunk, 1, features.window))
         if chunk.is_last:
             window = min(run.plan.policy.query_window, chunk.length)
             tail = q[:, chunk.length - window :]

@@ -83,7 +83,7 @@ class AttentionTimer:
             cache.reserve(slot, total)
             cache.sync()
             destinations = cache.prefill_destinations(slot, 0, total)
-            inputs = planted(self._model, total, length, cache.pool.k.dtype, self._device)
+            inputs = planted(self._model, total, length, cache.dtype, self._device)
             for layer in self._layers:
                 cache.write(inputs.k, inputs.v, destinations[layer.index])
             chunk = Chunk(start, length, prompt_length=total, total_length=total + 1, slot=slot)

@@ -59,7 +59,7 @@ def measured(
 def _measured(plan: ResolvedPlan, model: ModelInfo, cache: KVCache, kernels: Kernels, rope: Rope) -> int:
     """Tokens, from the file or by measuring."""
     longest = min(model.max_length, cache.pool.num_pages // cache.num_rows * PAGE_SIZE)
-    facts = facts_of(plan, model, kernels, cache.pool.k)
+    facts = facts_of(plan, model, kernels, cache.pool.k, cache.dtype)
 
     def measure() -> int | None:
         log.warning(
@@ -160,13 +160,16 @@ def _crossing(ratios: dict[int, float]) -> int | None:
     return min(high, math.ceil((low + share * (high - low)) / PAGE_SIZE) * PAGE_SIZE)
 
 
-def facts_of(plan: ResolvedPlan, model: ModelInfo, kernels: Kernels, k_pool: Tensor) -> dict[str, Any]:
+def facts_of(
+    plan: ResolvedPlan, model: ModelInfo, kernels: Kernels, k_pool: Tensor, dtype: torch.dtype
+) -> dict[str, Any]:
     """All that a break-even depends on, as JSON has it."""
     is_cuda = k_pool.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(k_pool.device) if is_cuda else processor(),
         "threads": None if is_cuda else torch.get_num_threads(),
-        "dtype": str(k_pool.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "pages": str(k_pool.dtype).removeprefix("torch."),
         "versions": {name: _version(name) for name in ("torch", "triton", "farspan")},
         "kernels": [f"{kernel.__module__}.{kernel.__qualname__}" for kernel in _kernels(kernels)],
         "layers": model.num_layers,

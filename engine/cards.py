@@ -33,4 +33,4 @@ def options_of(plugin: PrefillMethod | KVPolicy | DecodeMethod) -> dict[str, Opt
 
 
 def _name(method: PrefillMethod) -> str:
-    return next(name for name, kind in PREFILL_METHODS.items() if type(method) is kind)
+    return PREFILL_METHODS.name_of(type(method))

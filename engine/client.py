@@ -1,27 +1,26 @@
-"""EngineClient: starts the engine process, sends it requests, and gives each its stream of outputs, ended
-exactly once."""
+"""EngineClient: keeps an engine process running, sends it requests, and gives each its stream of outputs,
+ended exactly once. Requests survive their engine: another process goes on where the last one died."""
 
 import asyncio
 import contextlib
-import os
+import logging
 import shutil
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import zmq
 import zmq.asyncio
 
 from configs.errors import ConfigError
 from configs.schema import ServeConfig
+from engine.child import Child
 from engine.errors import EngineDead, PromptTooLong, StepFailed
 from engine.messages import (
     Abort,
     FinishReason,
+    Loading,
     ModelCard,
     Outputs,
     Ready,
@@ -32,11 +31,15 @@ from engine.messages import (
     Submit,
     ToEngine,
     TokenOutput,
-    decode_from_engine,
-    encode,
 )
+from engine.open_request import OpenRequest
+from engine.suspects import Suspects
 
 SHUTDOWN_SECONDS = 10.0  # then the engine process is killed
+BACKOFF_SECONDS = 1.0  # the pause before another process starts: 0 times this, then 1, 3, 7, ...
+RESTART_WINDOW = 600.0  # seconds in which `server.engine_restarts` deaths are forgiven
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -52,49 +55,59 @@ class Engine(Protocol):
     def is_ready(self) -> bool: ...
 
     @property
+    def loading(self) -> Loading:
+        """How far the engine has come, while it is not ready."""
+
+    @property
     def death(self) -> str | None:
         """Why the engine will serve nothing any more, in words; None while it may."""
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine process died and was started again."""
+
+    @property
+    def replays(self) -> int:
+        """Requests that went on in another process."""
 
     def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
         """Outputs of one request, the last of each choice with a finish reason. Closing it early aborts the
         request.
 
         Raises PromptTooLong if the cache can never hold it, StepFailed if a step failed with it, EngineDead
-        if the engine is not ready or ended meanwhile.
+        if the engine is not ready or will not be any more.
         """
 
     async def end_choice(self, request_id: str, choice: int) -> None:
         """Nobody reads this choice any more: it ends with ABORT, the others of its request go on."""
 
 
-@dataclass(slots=True)
-class _OpenRequest:
-    """What the engine said of a request that its reader has not read, and how many choices go on."""
-
-    choices: int
-    outputs: asyncio.Queue[TokenOutput] = field(default_factory=asyncio.Queue)
-
-
 class EngineClient:
-    """Owns the engine process, the socket to it, and one queue per open request."""
+    """Owns the engine process and the open requests, each with a queue of what its reader has not read."""
 
     def __init__(
         self, config: ServeConfig, on_step: Callable[[Outputs], None] = lambda outputs: None
     ) -> None:
         self._config = config
         self._on_step = on_step
-        self._open: dict[str, _OpenRequest] = {}
+        self._open: dict[str, OpenRequest] = {}
+        self._suspects = Suspects()
         self._card: ModelCard | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="farspan-"))  # mode 0700: no one else can connect
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)  # the engine reads between steps: a long step must not block senders
-        self._process: subprocess.Popen[bytes] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._child: Child | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._leaving = asyncio.Event()
+        self._deaths: list[float] = []  # time.monotonic() of each
+        self._refusal: str | None = None  # what the engine refuses to serve, in words
         self._resolved = _milestone()
         self._ready = _milestone()
+        self.is_ready = False
+        self.loading = Loading("starting", 0.0)
         self.stats = Stats()
         self.death: str | None = None
+        self.restarts = 0
+        self.replays = 0
 
     @property
     def card(self) -> ModelCard:
@@ -102,28 +115,17 @@ class EngineClient:
         return self._card
 
     @property
-    def is_ready(self) -> bool:
-        return self._ready.done() and self.death is None
+    def pid(self) -> int:
+        """Of the engine process."""
+        assert self._child is not None, "the engine has not been started"
+        return self._child.pid
 
     async def start(self) -> ModelCard:
         """Start the process and wait until plans and model are resolved, before weights load.
 
         Raises ConfigError if something configured is refused, EngineDead if the process ends.
         """
-        address = f"ipc://{self._folder}/engine"
-        self._socket.bind(address)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "engine.process", address],
-            stdin=subprocess.PIPE,
-            env={
-                "OMP_WAIT_POLICY": "passive",
-                **os.environ,
-            },  # idle threads must not take cores from the server
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(self._config.model_dump_json().encode())
-        self._process.stdin.close()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        self._life = asyncio.create_task(self._live())
         return await asyncio.shield(self._resolved)
 
     async def wait_ready(self) -> ModelCard:
@@ -132,10 +134,11 @@ class EngineClient:
 
     async def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
         if not self.is_ready:
-            raise EngineDead(self.death or "the engine is still loading the model")
-        request = self._open[submit.request_id] = _OpenRequest(submit.choices)
+            raise EngineDead(self.death or self.loading.words)
+        request = self._open[submit.request_id] = OpenRequest(submit)
         try:
-            await self._send(submit)
+            with contextlib.suppress(EngineDead):  # it has just died: the next one will hear of this request
+                await self._send(submit)
             choices = submit.choices
             while choices:
                 output = await request.outputs.get()
@@ -147,85 +150,161 @@ class EngineClient:
                 choices -= output.finish_reason is not None
         finally:
             # Still there: the caller left before the end, and the engine must hear of it.
-            if self._open.pop(submit.request_id, None) is not None and self.death is None:
-                with contextlib.suppress(EngineDead):
-                    await self._send(Abort(submit.request_id))
+            if self._open.pop(submit.request_id, None) is not None:
+                await self._tell(Abort(submit.request_id))
+                await self._clear(submit.request_id)
 
     async def end_choice(self, request_id: str, choice: int) -> None:
-        with contextlib.suppress(EngineDead):
-            await self._send(Abort(request_id, choice))
+        if request_id in self._open:
+            self._open[request_id].unread.add(choice)
+        await self._tell(Abort(request_id, choice))
 
     async def stop(self) -> None:
         """End the process and everything of this client."""
-        if self._process is not None:
+        self._leaving.set()
+        if self._life is not None:
             if self.is_ready:
-                with contextlib.suppress(EngineDead):
-                    await self._send(Shutdown())
-                await asyncio.wait([self._tasks[1]], timeout=SHUTDOWN_SECONDS)
-            if self._process.poll() is None:  # loading weights, or deep in a step
-                self._process.kill()
-            await self._tasks[1]
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+                await self._tell(Shutdown())
+                await asyncio.wait({self._life}, timeout=SHUTDOWN_SECONDS)
+            if self._child is not None:
+                self._child.kill()  # loading weights, or deep in a step
+            await self._life
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _send(self, message: ToEngine) -> None:
+        assert self._child is not None
+        await self._child.send(message)
+
+    async def _tell(self, message: ToEngine) -> None:
+        """What matters only to a process that lives and knows the open requests."""
+        if self.is_ready:
+            with contextlib.suppress(EngineDead):
+                await self._send(message)
+
+    async def _live(self) -> None:
+        """Run one process after the other, until there shall be no other."""
+        while (words := await self._run_once()) is None:
+            self.restarts += 1
+        self.death = words
+        error = EngineDead(words) if self._refusal is None else ConfigError(self._refusal)
+        for milestone in (self._resolved, self._ready):
+            if not milestone.done():
+                milestone.set_exception(error)
+        for request in self._open.values():
+            request.fail(words)
+        self._open.clear()
+
+    async def _run_once(self) -> str | None:
+        """One process, to its end and the pause behind it: None if another shall follow, else why not."""
         try:
-            await self._socket.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again as error:  # no queue is ever full: there is no one at the other end
-            raise EngineDead("the engine process has gone") from error
+            self._child = Child(self._config, self._context, f"ipc://{self._folder}/engine{self.restarts}")
+        except OSError as error:
+            return f"the engine process cannot be started: {error.strerror}"
+        hearing = asyncio.create_task(self._hear(self._child))
+        code = await self._child.ended()
+        words = f"the engine process ended with code {code}"
+        has_served, self.is_ready = self.is_ready, False
+        self.loading = Loading("starting again", 0.0, words)
+        if not has_served:  # a refusal may still be on its way
+            await asyncio.wait({hearing}, timeout=1.0)
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
+        has_served, self.is_ready = has_served or self.is_ready, False  # its last word may have been Ready
+        self._child.close()
+        self.stats = self.stats.at_rest()
+        if self._refusal is not None:
+            return f"{words}: {self._refusal}"
+        return await self._after_death(words, has_served=has_served)
 
-    async def _receive(self) -> None:
-        while True:
-            message = decode_from_engine(await self._socket.recv())
-            match message:
-                case Outputs():
-                    self._deliver(message)
-                case Resolved(card=card):
-                    self._card = card
-                    self._resolved.set_result(card)
-                case Ready(card=card):
-                    self._card = card
-                    self._ready.set_result(card)
-                case Refused(message=words):
-                    self._give_up(ConfigError(words))
+    async def _after_death(self, words: str, *, has_served: bool) -> str | None:
+        """As `_run_once`, once nothing more is heard of the process."""
+        if self._leaving.is_set() or not self._ready.done():
+            return words
+        now = time.monotonic()
+        self._deaths = [death for death in self._deaths if now - death < RESTART_WINDOW] + [now]
+        count, most = len(self._deaths), self._config.server.engine_restarts
+        if count > most:
+            return (
+                words if count == 1 else f"{words}; it has died {count} times in {RESTART_WINDOW:.0f} seconds"
+            )
+        culprit = self._suspects.after_death(self._open) if has_served else None
+        if culprit is not None and culprit in self._open:
+            self._open.pop(culprit).fail(f"{words} twice with this request, which is given up")
+        log.warning("%s; it is started again, with %d open requests", words, len(self._open))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._leaving.wait(), BACKOFF_SECONDS * (2 ** (count - 1) - 1))
+            return words
+        return None
 
-    def _deliver(self, message: Outputs) -> None:
+    async def _hear(self, child: Child) -> None:
+        """Everything that a process says, until it refuses to go on. One that cannot be understood ends."""
+        try:
+            while self._refusal is None:
+                match await child.hear():
+                    case Outputs() as message:
+                        await self._deliver(message)
+                    case Loading(phase=phase, fraction=fraction):
+                        self.loading = Loading(phase, fraction, self.loading.reason)
+                    case Resolved(card=card):
+                        if not self._resolved.done():
+                            self._card = card
+                            self._resolved.set_result(card)
+                    case Ready(card=card):
+                        self._card = card
+                        await self._take_up()
+                    case Refused(message=words):
+                        self._refusal = words
+        except Exception:
+            log.exception("what the engine process said could not be heard")
+            child.kill()
+
+    async def _take_up(self) -> None:
+        """A process is ready: it hears of the requests that the last one left open."""
+        self.is_ready = True  # first: whoever leaves from here on must be heard
+        if not self._ready.done():
+            self._ready.set_result(self.card)
+        with contextlib.suppress(EngineDead):  # the next one will hear of the rest
+            for request_id in list(self._open):
+                if not self._suspects.holds(request_id):
+                    await self._replay(request_id)
+            await self._try_next()
+
+    async def _replay(self, request_id: str) -> None:
+        request = self._open.get(request_id)
+        if request is None:  # its reader left meanwhile
+            return
+        self.replays += 1
+        for submit in request.replay():
+            await self._send(submit)
+        if not request.goes_on:
+            del self._open[request_id]
+
+    async def _try_next(self) -> None:
+        while (request_id := self._suspects.next_trial()) is not None:
+            if request_id in self._open:
+                await self._replay(request_id)
+            else:
+                self._suspects.clear(request_id)
+
+    async def _clear(self, request_id: str) -> None:
+        self._suspects.clear(request_id)
+        if self.is_ready:
+            with contextlib.suppress(EngineDead):
+                await self._try_next()
+
+    async def _deliver(self, message: Outputs) -> None:
         self.stats = message.stats
         self._on_step(message)
         for output in message.outputs:
             request = self._open.get(output.request_id)
             if request is None:
                 continue  # its reader left; the abort is on its way
-            request.outputs.put_nowait(output)
-            request.choices -= output.finish_reason is not None
-            if not request.choices:
+            request.take(output)
+            if not request.goes_on:
                 del self._open[output.request_id]
-
-    async def _watch(self) -> None:
-        """Wait for the process to end, however it ends, and end every open request."""
-        assert self._process is not None
-        code = await asyncio.to_thread(self._process.wait)
-        # A refusal may still be on its way to the receiver; no request waits for an engine not ready.
-        await asyncio.wait([self._ready], timeout=1.0)
-        self.death = f"the engine process ended with code {code}"
-        counts = self.stats  # of what was done; nothing runs, waits or is held any more
-        self.stats = Stats(
-            prompt_tokens=counts.prompt_tokens, generation_tokens=counts.generation_tokens, steps=counts.steps
-        )
-        self._give_up(EngineDead(self.death))
-        for request_id, request in self._open.items():
-            request.outputs.put_nowait(
-                TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=self.death)
-            )
-        self._open.clear()
-
-    def _give_up(self, error: ConfigError | EngineDead) -> None:
-        for milestone in (self._resolved, self._ready):
-            if not milestone.done():
-                milestone.set_exception(error)
+            if output.tokens or output.finish_reason is not None:
+                await self._clear(output.request_id)
 
 
 def _milestone() -> asyncio.Future[ModelCard]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.model import ModelInfo
-from kvcache.decode import DECODE_METHODS
+from kvcache.decode_methods import DECODE_METHODS
 from kvcache.policies import KV_POLICIES
 from kvcache.state import StateRegistry
 from sparse.dense import Dense
@@ -69,8 +69,8 @@ def _cell(method: Any, policy: Any) -> str:
 
 
 def _cannot_move(plugin: Any, policy: Any) -> bool:
-    """Does the plug-in, with its default options, keep state of pages whose tokens the policy would move?"""
+    """Does the plug-in, with its default options, keep state of pages that cannot follow moved tokens?"""
     states = StateRegistry()
     with suppress(ValueError):  # one that needs a file declares its state before it asks for that
         plugin().attach(ANY_MODEL, Path(), states)
-    return bool(policy.compacts and states.page_bytes)
+    return bool(policy.compacts and not states.follows_compaction)

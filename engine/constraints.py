@@ -44,9 +44,9 @@ class Constraints:
         self._waiting = [one for one in self._waiting if one not in done]
         return done
 
-    def forget(self, request_id: str) -> list[Sequence]:
-        """The sequences of this request that waited, and wait no more."""
-        gone = [one for one in self._waiting if one.request_id == request_id]
+    def forget(self, request_id: str, choice: int | None = None) -> list[Sequence]:
+        """The sequences of this request, or of one of its choices, that waited, and wait no more."""
+        gone = [one for one in self._waiting if one.request_id == request_id and choice in (None, one.choice)]
         self._waiting = [one for one in self._waiting if one not in gone]
         return gone
 

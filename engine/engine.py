@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from configs.grammars import Grammars
 from configs.model import PAGE_SIZE
-from engine.attention import ChunkRun
 from engine.constraints import Constraints
-from engine.messages import Cost, FinishReason, Outputs, Stats, Submit, TokenOutput
+from engine.messages import Cost, FinishReason, HeadCosts, Outputs, Stats, Submit, TokenOutput
 from engine.plans import ResolvedPlan
-from engine.runner import ModelRunner, StepResult, slot_of
+from engine.runner import ModelRunner, StepResult
 from engine.scheduler import Batch, Scheduler
-from engine.sequence import Sequence
+from engine.sequence import Sequence, slot_of
 from kvcache.cache import KVCache
 from kvcache.prefix import chain_keys
 
@@ -52,6 +51,7 @@ class Engine:
         self._steps = 0
         self._step_tokens = 0
         self._step_seconds = 0.0
+        self._step_context = 0
 
     @property
     def has_work(self) -> bool:
@@ -90,7 +90,7 @@ class Engine:
             if choice in (None, sequence.choice):
                 self._scheduler.remove(sequence)
                 self._end(sequence, FinishReason.ABORT)
-        for sequence in self._constraints.forget(request_id):
+        for sequence in self._constraints.forget(request_id, choice):
             self._end(sequence, FinishReason.ABORT)
 
     def step(self) -> Outputs:
@@ -122,6 +122,12 @@ class Engine:
             steps=self._steps,
             step_tokens=self._step_tokens,
             step_seconds=self._step_seconds,
+            step_context=self._step_context,
+            swapped=len(self._scheduler.swapped),
+            swaps_out=self._scheduler.swaps_out,
+            swaps_in=self._scheduler.swaps_in,
+            pages_host=self._cache.pages_on_host,
+            host_hits=self._cache.columns_restored * PAGE_SIZE,
         )
 
     def _run(self, batch: Batch) -> list[TokenOutput]:
@@ -129,12 +135,13 @@ class Engine:
         try:
             result = self._runner.run(batch)
             self._update_cache(batch, result)
-            outputs = self._commit(batch, result)
+            outputs = self._commit(batch, result) + self._progress(batch)
         except Exception:  # whatever went wrong, the sequences of this step are lost and all others are not
             log.exception("a step failed with %d sequences", len(batch.sequences))
             return self._fail(batch)
         self._steps += 1
         self._step_tokens = batch.num_tokens
+        self._step_context = max((chunk.end for chunk in batch.chunks), default=0)
         self._step_seconds = time.perf_counter() - began
         self._scheduler.account(batch, self._step_seconds)
         return outputs
@@ -143,6 +150,9 @@ class Engine:
         """Tables change only here, between forwards: rows grow, and what a policy forgets leaves."""
         if batch.decodes:
             self._cache.advance([slot_of(sequence) for sequence in batch.decodes], 1)
+            for sequence, (read, held) in result.read.items():
+                sequence.decode_read += read
+                sequence.decode_held += held
             for sequence in batch.decodes:
                 sequence.computed += 1
                 if sequence.computed % PAGE_SIZE == 0:
@@ -152,12 +162,14 @@ class Engine:
             slot = slot_of(sequence)
             self._cache.advance(slot, part.length)
             sequence.computed = part.end
-            self._publish_prompt(sequence, run)
+            # By the rows of this chunk alone.
+            below_floor = bool(run.below_floor) and bool(torch.stack(run.below_floor).any())
+            sequence.cost.floored_chunks += below_floor
+            self._publish_prompt(sequence, run.chunk.start if below_floor else None)
             self._drop(sequence)
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence, [])
             cost = sequence.cost
-            cost.read_cells += float(torch.stack(run.read_cells).sum())
-            cost.causal_cells += run.causal_cells
+            cost.add(torch.stack(run.read_cells), run.causal_cells)
             cost.recalls += [found.flatten().cpu().numpy() for found in run.recalls]
             cost.knows_recall &= run.knows_recall
             if sequence.in_prefill:
@@ -174,13 +186,16 @@ class Engine:
             if sequence.siblings:
                 self._scheduler.fork(sequence)
 
-    def _publish_prompt(self, sequence: Sequence, run: ChunkRun) -> None:
-        """Others may borrow what was computed, up to where this prompt is like no longer one."""
+    def _publish_prompt(self, sequence: Sequence, read_more_from: int | None) -> None:
+        """Others may borrow what was computed, up to where this prompt is like no longer one.
+
+        read_more_from: where a chunk starts that a floor made read more than its plan would have.
+        """
         shareable = sequence.shareable
         if shareable is None:
             return
-        if run.below_floor and bool(torch.stack(run.below_floor).any()):  # by rows of this chunk alone
-            sequence.may_publish = min(sequence.may_publish, run.chunk.start // PAGE_SIZE)
+        if read_more_from is not None:
+            sequence.may_publish = min(sequence.may_publish, read_more_from // PAGE_SIZE)
         blocks = min(sequence.computed // PAGE_SIZE // shareable.unit * shareable.unit, sequence.may_publish)
         self._publish(sequence, shareable.keys[:blocks], shareable.tokens)
 
@@ -244,9 +259,20 @@ class Engine:
                     logprobs=logprobs,
                     prompt_logprobs=of_prompt,
                     choice=sequence.choice,
+                    decode_read_fraction=sequence.decode_read_fraction,
                 )
             )
         return outputs
+
+    @staticmethod
+    def _progress(batch: Batch) -> list[TokenOutput]:
+        """How far the prompts of this step are, for clients that asked."""
+        asked = [chunk.sequence for chunk in batch.chunks if chunk.sequence.reports.progress]
+        return [
+            TokenOutput(sequence.request_id, computed=sequence.computed)
+            for sequence in asked
+            if sequence.in_prefill
+        ]
 
     def _cost(self, sequence: Sequence, slot: int) -> Cost:
         assert sequence.admitted is not None
@@ -264,7 +290,14 @@ class Engine:
             cached_tokens=sequence.cached,
             queue_seconds=sequence.admitted - sequence.arrived,
             prefill_seconds=time.monotonic() - sequence.admitted,
+            heads=self._head_costs(sequence, slot) if sequence.reports.per_head else None,
+            floored_chunks=sequence.cost.floored_chunks,
         )
+
+    def _head_costs(self, sequence: Sequence, slot: int) -> HeadCosts:
+        kept = self._cache.held_by_head(slot)
+        read = sequence.cost.read_fractions(kept.shape[1])
+        return HeadCosts(tuple(map(tuple, read.tolist())), tuple(map(tuple, kept.tolist())))
 
     def _fail(self, batch: Batch) -> list[TokenOutput]:
         """End every sequence of a step that raised. Its rows may be half written, so nothing of them is

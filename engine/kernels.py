@@ -10,12 +10,17 @@ from torch import Tensor
 import kvcache.compaction
 import kvcache.decode
 import kvcache.kernels.cpu
+import kvcache.kernels.cpu_quest
+import kvcache.kernels.cpu_store
 import kvcache.moves
+import kvcache.quest
 import sparse.attention
 import sparse.estimator
 import sparse.kernels.cpu
 from configs.features import NO_FEATURES, Features
+from kvcache.decode import RowSelection
 from kvcache.moves import MoveKept, Moves, Store
+from kvcache.quest import BestUnits
 from sparse.attention import Attended
 from sparse.base import Chunk, KeyView
 from sparse.estimator import Estimator
@@ -53,6 +58,9 @@ class AttendRows(Protocol):
         scale: float,
         max_held: int,
         features: Features = NO_FEATURES,
+        selection: RowSelection | None = None,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -65,6 +73,7 @@ class Kernels:
     estimate: Estimator = sparse.estimator.estimate
     store: Store = kvcache.moves.store
     move_kept: MoveKept = kvcache.compaction.move_kept
+    best_units: BestUnits = kvcache.quest.best_units
 
     @property
     def moves(self) -> Moves:
@@ -72,13 +81,16 @@ class Kernels:
         return Moves(self.store, self.move_kept)
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """The fastest that exists here, unchecked: see engine/self_check.py."""
+def kernels_for(device: torch.device, page_dtype: torch.dtype | None = None) -> Kernels:
+    """The fastest that exists here, unchecked: see engine/self_check.py. page_dtype: of quantised pages."""
     if device.type == "cuda":
         return triton_kernels()
+    decode, stores, quest = kvcache.kernels.cpu, kvcache.kernels.cpu_store, kvcache.kernels.cpu_quest
     return Kernels(
         sparse.kernels.cpu.attend if sparse.kernels.cpu.is_available() else sparse.attention.attend,
-        kvcache.kernels.cpu.attend_rows if kvcache.kernels.cpu.is_available() else kvcache.decode.attend_rows,
+        decode.attend_rows if decode.is_available() else kvcache.decode.attend_rows,
+        store=stores.store if page_dtype and stores.is_available() else kvcache.moves.store,
+        best_units=quest.best_units if quest.is_available() else kvcache.quest.best_units,
     )
 
 

@@ -40,21 +40,31 @@ class Sampling(msgspec.Struct, frozen=True):
     grammar: str | None = None  # of llguidance: what the answer must look like
 
 
+class Reports(msgspec.Struct, frozen=True):
+    """What a client wants to know beside the answer. Nothing of it changes the answer."""
+
+    progress: bool = False  # an output after each chunk of the prompt
+    per_head: bool = False  # the cost of each layer and KV head
+
+
 # --- to the engine ---
 
 
 class Submit(Message, frozen=True):
     """Serve this request. `tokens` beyond `prompt_length` were generated before: they are replayed, not
-    sampled."""
+    sampled. Choices of one request that each have such tokens come one by one."""
 
     request_id: str
     tokens: tuple[int, ...]
     prompt_length: int
     plan: str
     sampling: Sampling
-    choices: int = 1  # answers to this one prompt
+    choices: int = 1  # answers to this one prompt ...
+    first_choice: int = 0  # ... counted from here
     cache_salt: str = ""  # only prompts of the same salt share keys and values; ...
     share: bool = True  # ... none do where this is off
+    reports: Reports = Reports()
+    priority: int = 0  # lower ones are admitted first
 
 
 class Abort(Message, frozen=True):
@@ -112,6 +122,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     plans: tuple[PlanCard, ...]  # the first is the default
     device: str
     dtype: str
+    cache_dtype: str = "auto"  # of keys and values in pages; auto = as dtype says
     num_pages: int = 0
     page_bytes: int = 0
 
@@ -120,6 +131,19 @@ class Resolved(Message, frozen=True):
     """Plans and options fit the model; weights load next."""
 
     card: ModelCard
+
+
+class Loading(Message, frozen=True):
+    """What an engine that does not serve yet is doing."""
+
+    phase: str
+    fraction: float  # of the whole start, roughly
+    reason: str | None = None  # why it is started again, where it is
+
+    @property
+    def words(self) -> str:
+        again = "" if self.reason is None else f" again, because {self.reason}"
+        return f"The model is loading{again}: {self.phase}, {self.fraction:.0%} done."
 
 
 class Refused(Message, frozen=True):
@@ -134,8 +158,15 @@ class Ready(Message, frozen=True):
     card: ModelCard
 
 
+class HeadCosts(msgspec.Struct, frozen=True):
+    """What one request's prompt cost by layer and KV head: [L][Hkv]."""
+
+    read_fraction: tuple[tuple[float, ...], ...]  # in prefill, mean of the group's query heads
+    kept: tuple[tuple[int, ...], ...]  # tokens held at the end of prefill
+
+
 class Cost(msgspec.Struct, frozen=True):
-    """What one request's prompt cost (design: read fraction, recall, kept). Known when its prefill ends."""
+    """What one request cost (design: read fraction, recall, kept). The prompt's part is known first."""
 
     plan: str
     prefill_read_fraction: float
@@ -148,6 +179,9 @@ class Cost(msgspec.Struct, frozen=True):
     cached_tokens: int  # of the prompt, taken from the prefix cache
     queue_seconds: float
     prefill_seconds: float
+    heads: HeadCosts | None = None  # where asked for
+    floored_chunks: int = 0  # chunks in which the plan's recall floor made heads read everything
+    decode_read_fraction: float | None = None  # of the answer so far; None where it read all that was held
 
 
 class Logprobs(msgspec.Struct, frozen=True):
@@ -170,6 +204,8 @@ class TokenOutput(msgspec.Struct, frozen=True):
     logprobs: tuple[Logprobs, ...] = ()  # one per token, where the request asked
     prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token, where the request asked
     choice: int = 0  # which of the answers; each has an end of its own
+    computed: int | None = None  # tokens of the prompt so far: an output of its own, where asked for
+    decode_read_fraction: float | None = None  # of the answer so far, where a decode method chooses
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -189,6 +225,22 @@ class Stats(msgspec.Struct, frozen=True):
     steps: int = 0
     step_tokens: int = 0  # in the last step
     step_seconds: float = 0.0  # of the last step
+    step_context: int = (
+        0  # tokens before the end of the prompt chunk in it that ends last; 0 = there was none
+    )
+    swapped: int = 0  # sequences that are out: on the host, neither running nor waiting
+    swaps_out: int = 0
+    swaps_in: int = 0
+    pages_host: int = 0  # of the host tier, taken
+    host_hits: int = 0  # prompt tokens whose keys and values were copied back from there
+
+    def at_rest(self) -> "Stats":
+        """The counts, where nothing runs, waits or is held."""
+        pages = ("pages_free", "pages_cached", "pages_borrowed", "pages_private", "pages_host")
+        levels = ("running", "waiting", "swapped", *pages)
+        return msgspec.structs.replace(
+            self, **dict.fromkeys(levels, 0), kv_bytes=0, step_tokens=0, step_seconds=0.0
+        )
 
 
 class Outputs(Message, frozen=True):
@@ -198,7 +250,7 @@ class Outputs(Message, frozen=True):
     stats: Stats
 
 
-FromEngine = Resolved | Refused | Ready | Outputs
+FromEngine = Resolved | Loading | Refused | Ready | Outputs
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,7 +19,8 @@ from configs.plan import PlanFile
 from configs.schema import parse_count
 from engine.cards import layer_runs, options_of
 from engine.messages import PlanCard
-from kvcache.decode import DECODE_METHODS, DecodeMethod, Full
+from kvcache.decode import DecodeMethod, Full
+from kvcache.decode_methods import DECODE_METHODS
 from kvcache.keep_all import KeepAll
 from kvcache.policies import KV_POLICIES
 from kvcache.policy import KVPolicy
@@ -95,7 +97,9 @@ class ResolvedPlan:
         return self.policy.pages_needed(prompt, total, self.chunk + self.window - 1)
 
 
-def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None = None) -> ResolvedPlan:
+def resolve_plan(
+    plan: PlanFile, model: ModelInfo, states: StateRegistry | None = None, *, cache_dtype: str = "auto"
+) -> ResolvedPlan:
     """Check a plan against a model and build its parts. Raises ConfigError with the path of the key at
     fault."""
     states = states or StateRegistry()
@@ -118,9 +122,10 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
         ("decode", decode),
         *(("prefill.layers", method) for method in others.values()),
     ]
+    own = StateRegistry()
     for part, plugin in parts:
         try:
-            plugin.attach(model, files, states)
+            plugin.attach(model, files, own)
         except (ValueError, OSError) as error:
             raise ConfigError(f"{where}: {part}.{error}") from error
 
@@ -141,7 +146,16 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
             " behind a window"
         )
 
-    _refuse_state_that_cannot_move(policy, states, f"{where}: kv.policy: {plan.kv.policy}")
+    if policy.compacts and not own.follows_compaction:
+        raise ConfigError(
+            f"{where}: kv.policy: {plan.kv.policy} moves tokens to other pages, and what another part of this"
+            f" plan keeps for each page ({own.page_bytes} bytes) cannot be rebuilt there; use a policy that"
+            " moves nothing: keep_all, streaming, moa or s2"
+        )
+    try:
+        states.include(own)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
     digest = _digest(plan, files, model)
     methods = _methods_by_layer(main, others, prefill.layers, model, where)
     dense_below = None if prefill.dense_below == "auto" else prefill.dense_below
@@ -156,7 +170,9 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
         chunk=prefill.chunk,
         dense_below=dense_below,
         recall_floor=prefill.recall_floor,
-        model_identity=json.dumps(dataclasses.asdict(model), sort_keys=True).encode(),
+        model_identity=json.dumps(
+            {**dataclasses.asdict(model), "cache_dtype": cache_dtype}, sort_keys=True
+        ).encode(),
         prefill_identity=_prefill_identity(plan, files),
         card=PlanCard(
             name=plan.name,
@@ -175,7 +191,9 @@ def resolve_plan(plan: PlanFile, model: ModelInfo, states: StateRegistry | None 
     )
 
 
-def resolve_plans(plans: list[PlanFile], model: ModelInfo, states: StateRegistry) -> dict[str, ResolvedPlan]:
+def resolve_plans(
+    plans: list[PlanFile], model: ModelInfo, states: StateRegistry, *, cache_dtype: str = "auto"
+) -> dict[str, ResolvedPlan]:
     """All plans of a server by name; the first is the default."""
     resolved: dict[str, ResolvedPlan] = {}
     for plan in plans:
@@ -183,28 +201,31 @@ def resolve_plans(plans: list[PlanFile], model: ModelInfo, states: StateRegistry
             raise ConfigError(
                 f"{plan.source}: two plans are named {plan.name!r}; a plan's name is its file's name"
             )
-        resolved[plan.name] = resolve_plan(plan, model, states)
-    for plan in plans:  # what a later plan declares is kept for the pages of all
-        policy = resolved[plan.name].policy
-        _refuse_state_that_cannot_move(policy, states, f"{plan.source}: kv.policy: {plan.kv.policy}")
+        resolved[plan.name] = resolve_plan(plan, model, states, cache_dtype=cache_dtype)
     return resolved
+
+
+def spelled_out(plan: PlanFile) -> dict[str, Any]:
+    """A plan with everything that it leaves to defaults, as it could be written. Raises ConfigError."""
+    where, content = str(plan.source), plan.model_dump(mode="json")
+    parts: tuple[tuple[str, str, Any, Any], ...] = (
+        ("prefill", "method", plan.prefill, PREFILL_METHODS),
+        ("kv", "policy", plan.kv, KV_POLICIES),
+        ("decode", "method", plan.decode, DECODE_METHODS),
+    )
+    for part, key, written, kinds in parts:
+        built = _build(kinds, getattr(written, key), written.options, f"{where}: {part}", key)
+        content[part] |= options_of(built)
+        content[part] |= {name: value for name, value in written.options.items() if isinstance(value, list)}
+    return content
 
 
 def _all_dense(methods: tuple[PrefillMethod, ...]) -> bool:
     return all(isinstance(method, Dense) for method in methods)
 
 
-def _refuse_state_that_cannot_move(policy: KVPolicy, states: StateRegistry, where: str) -> None:
-    if policy.compacts and states.page_bytes:
-        raise ConfigError(
-            f"{where} moves tokens to other pages, and what a method of a loaded plan keeps for each page"
-            f" ({states.page_bytes} bytes) cannot follow; load the two in different servers, or use a policy"
-            " that moves nothing: keep_all, streaming, moa or s2"
-        )
-
-
 def _build(
-    kinds: dict[str, type[_Plugin]], name: str, options: dict[str, Any], where: str, key: str
+    kinds: Mapping[str, type[_Plugin]], name: str, options: dict[str, Any], where: str, key: str
 ) -> _Plugin:
     """The plug-in of this name, with its options checked one by one: names, then types, then its own
     rules."""

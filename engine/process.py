@@ -1,7 +1,6 @@
 """The engine's own process: `python -m engine.process ADDRESS`, with the configuration as JSON on standard
 input."""
 
-import logging
 import os
 import signal
 import sys
@@ -9,11 +8,13 @@ import sys
 import zmq
 
 from configs.errors import ConfigError
+from configs.logs import configure_logs
 from configs.schema import ServeConfig
 from engine.engine import Engine
 from engine.messages import (
     Abort,
     FromEngine,
+    Loading,
     Ready,
     Refused,
     Resolved,
@@ -30,11 +31,11 @@ IDLE_SECONDS = 1.0  # how often an idle engine looks whether its parent still li
 def main() -> None:
     """Resolve, load, then serve until told to stop or orphaned. Exit code 2: the configuration was
     refused."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(message)s")
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the server tells us when to go
     config = ServeConfig.model_validate_json(sys.stdin.read())
+    configure_logs(config.server.log_format, "engine")
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)  # nothing is lost, and no step waits, while the server is busy
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         resolution = resolve(config)
         _send(socket, Resolved(resolution.card))
-        engine, card = load(resolution)
+        engine, card = load(resolution, lambda phase, done: _send(socket, Loading(phase, done)))
         _send(socket, Ready(card))
         serve(engine, socket)
     except ConfigError as error:

@@ -1,23 +1,25 @@
 """ModelRunner: one forward of the model over a batch, and the tokens sampled from it. Owns the model."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.grammars import BadGrammar
-from engine.attention import ChunkRun, ForwardBatch
+from engine.attention import ChunkRun, DecodeRun, ForwardBatch
 from engine.kernels import Kernels
 from engine.messages import Logprobs
 from engine.rope import Rope
 from engine.sampler import SampledRow, TokenCounts, has_penalties, logprobs_of, sample
 from engine.scheduler import Batch, ChunkPlan
 from engine.scoring import Heard, Scorer
-from engine.sequence import Sequence
+from engine.sequence import Sequence, slot_of
 from kvcache.cache import KVCache
+from kvcache.decode import Full
 from sparse.base import Chunk
 
 
@@ -30,6 +32,9 @@ class StepResult:
     runs: list[tuple[ChunkPlan, ChunkRun]]
     logprobs: dict[Sequence, Logprobs] = field(default_factory=dict)  # of those tokens, where asked for
     prompt_logprobs: dict[Sequence, list[Logprobs]] = field(default_factory=dict)  # of these chunks
+    read: dict[Sequence, tuple[int, int]] = field(
+        default_factory=dict
+    )  # tokens read of those held, if chosen
     broken: dict[Sequence, str] = field(default_factory=dict)  # whose constraint cannot be followed, and why
 
 
@@ -46,6 +51,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
+        batch = replace(batch, decodes=[one for group in by_method(batch.decodes) for one in group])
         tokens, positions = (torch.from_numpy(part).to(self._device) for part in self._pack(batch))
         forward, runs = self._prepare(batch, positions)
         last_rows, sampled = self._rows_to_sample(batch)
@@ -58,7 +64,9 @@ class ModelRunner:
                 use_cache=False,
                 batch=forward,
             ).logits[0]
-        result = StepResult({}, runs, prompt_logprobs=self._score(heard, scored))
+        result = StepResult(
+            {}, runs, prompt_logprobs=self._score(heard, scored), read=self._read(batch, forward)
+        )
         if sampled:
             chosen = sample(logits, [self._sampled_row(sequence, result) for sequence in sampled])
             result.tokens.update(zip(sampled, chosen, strict=True))
@@ -95,6 +103,15 @@ class ModelRunner:
         found = logprobs_of(logits[asked], [chosen[i] for i in asked], counts)
         return dict(zip((sampled[i] for i in asked), found, strict=True))
 
+    @staticmethod
+    def _read(batch: Batch, forward: ForwardBatch) -> dict[Sequence, tuple[int, int]]:
+        """By decoding sequence whose method chooses: tokens read and readable, over layers and KV heads."""
+        found: dict[Sequence, tuple[int, int]] = {}
+        for step in forward.decodes:
+            if not isinstance(step.method, Full):
+                found.update(zip(batch.decodes[step.span], step.tokens_read(), strict=True))
+        return found
+
     def _score(
         self, heard: Heard, scored: list[tuple[ChunkPlan, ChunkRun]]
     ) -> dict[Sequence, list[Logprobs]]:
@@ -112,18 +129,18 @@ class ModelRunner:
     ) -> tuple[ForwardBatch, list[tuple[ChunkPlan, ChunkRun]]]:
         """Pages for what this forward writes, and where each part of it goes."""
         cache = self._cache
-        slots = np.array([slot_of(sequence) for sequence in batch.decodes], dtype=np.int64)
-        if slots.size:
-            cache.reserve_next(slots)
+        if batch.decodes:
+            cache.reserve_next(slots_of(batch.decodes))
         for part in batch.chunks:
             cache.reserve(slot_of(part.sequence), part.end)
         cache.sync()
-        forward = ForwardBatch(cache, self._kernels, self._rope, positions, num_decodes=slots.size)
-        if slots.size:
-            forward.decode_destinations = cache.decode_destinations(slots)
-            forward.rows = cache.decode_rows(slots)
-            forward.decode_plan = batch.decodes[0].plan
-        first = slots.size
+        forward = ForwardBatch(cache, self._kernels, self._rope, positions)
+        first = 0
+        for group in by_method(batch.decodes):
+            slots, span = slots_of(group), slice(first, first + len(group))
+            destinations, rows = cache.decode_destinations(slots), cache.decode_rows(slots)
+            forward.decodes.append(DecodeRun(group[0].plan.decode, span, destinations, rows))
+            first = span.stop
         runs = []
         for part in batch.chunks:
             run = self._chunk_run(part, slice(first, first + part.length))
@@ -179,7 +196,18 @@ class ModelRunner:
         return rows, sampled
 
 
-def slot_of(sequence: Sequence) -> int:
-    """The slot of an admitted sequence."""
-    assert sequence.slot is not None, f"{sequence.request_id} is not admitted"
-    return sequence.slot
+def by_method(decodes: list[Sequence]) -> list[list[Sequence]]:
+    """Sequences with the same decode method together, methods in the order of their first sequence."""
+    groups: list[list[Sequence]] = []
+    for sequence in decodes:
+        group = next((group for group in groups if group[0].plan.decode == sequence.plan.decode), None)
+        if group is None:
+            groups.append([sequence])
+        else:
+            group.append(sequence)
+    return groups
+
+
+def slots_of(sequences: list[Sequence]) -> NDArray[np.int64]:
+    """The slots of admitted sequences."""
+    return np.array([slot_of(sequence) for sequence in sequences], dtype=np.int64)

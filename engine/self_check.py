@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.features import Features
+from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE, ModelInfo
 from engine.kernels import Kernels
 from kvcache.cache import CacheSize, KVCache
+from kvcache.decode import UNITS, RowSelection
 from kvcache.pool import pages_for
-from kvcache.state import StateRegistry
+from kvcache.quest import PER_PAGE, Quest, write_bounds
+from kvcache.state import NewKeys, StateRegistry
 from sparse.base import Chunk
 from sparse.selection import Selection, dense, lists_from_mask, num_query_blocks
 
@@ -25,12 +27,21 @@ NUM_ROWS = 50  # that the estimator looks at
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}  # of the norm of the difference
 
 
-def checked(kernels: Kernels, model: ModelInfo, dtype: torch.dtype, device: torch.device) -> Kernels:
+def checked(
+    kernels: Kernels,
+    model: ModelInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+    page_dtype: torch.dtype | None = None,  # of quantised pages
+) -> Kernels:
     """These kernels, with torch in the place of those that fail or err on this device, as the log says."""
     twins = Kernels()
     for name, trial in TRIALS.items():
         kernel, twin = getattr(kernels, name), getattr(twins, name)
-        reason = None if kernel is twin else _complaint(trial, kernel, twin, model, dtype, device)
+        reason = None
+        if kernel is not twin:
+            cases = [_draw(model, dtype, device, page_dtype) for _ in range(2)]
+            reason = _complaint(trial, kernel, twin, cases, TOLERANCES[dtype])
         if reason is not None:
             log.warning("kernel %s is not used on %s, torch serves in its place: %s", name, device, reason)
             kernels = replace(kernels, **{name: twin})
@@ -49,7 +60,9 @@ class _Case:
     features: tuple[Features, ...]  # that layers of the model have
 
 
-def _draw(model: ModelInfo, dtype: torch.dtype, device: torch.device) -> _Case:
+def _draw(
+    model: ModelInfo, dtype: torch.dtype, device: torch.device, page_dtype: torch.dtype | None
+) -> _Case:
     heads, kv_heads = model.num_query_heads, model.num_kv_heads
     pages = kv_heads * pages_for(LENGTH + 1)
     cache = KVCache(
@@ -58,6 +71,7 @@ def _draw(model: ModelInfo, dtype: torch.dtype, device: torch.device) -> _Case:
         dtype=dtype,
         device=device,
         states=StateRegistry(),
+        page_dtype=page_dtype,
     )
     slot = cache.admit(pages)
     cache.reserve(slot, LENGTH)
@@ -108,6 +122,8 @@ def _attend_rows(kernel: Any, case: _Case) -> list[Tensor]:
     cache.advance(0, LENGTH - 1)
     cache.sync()
     rows = cache.decode_rows([0])
+    everything: list[tuple[Features, RowSelection | None]] = [(features, None) for features in case.features]
+    selections = [(NO_FEATURES, _every_third(rows.held[0], unit)) for unit in UNITS]
     return [
         kernel(
             case.q[None, :, -1],
@@ -118,9 +134,28 @@ def _attend_rows(kernel: Any, case: _Case) -> list[Tensor]:
             scale=case.q.shape[2] ** -0.5,
             max_held=rows.max_held,
             features=features,
+            selection=selection,
+            k_scales=cache.pool.k_scales,
+            v_scales=cache.pool.v_scales,
         )
-        for features in case.features
+        for features, selection in (*everything, *selections)
     ]
+
+
+def _best_units(kernel: Any, case: _Case) -> list[Tensor]:
+    cache, size = case.cache, case.q.shape[2]
+    bounds = torch.zeros(cache.pool.num_pages, PER_PAGE, 2, size, device=case.q.device)
+    positions = torch.arange(LENGTH, device=case.q.device)
+    write_bounds(bounds, NewKeys(0, case.k, case.destinations, positions, None, is_chunk=True))
+    pages, held = cache.table.device[0], torch.full((1, len(case.k)), LENGTH, dtype=torch.int32)
+    return [kernel(case.q[None, :, -1], bounds, pages, held.to(case.q.device), Quest(read=128, window=20))]
+
+
+def _every_third(held: Tensor, unit: int) -> RowSelection:
+    """Every third unit of each row, the newest among them. held [B, Hkv], the same in all rows."""
+    newest = (LENGTH - 1) // unit
+    ids = torch.arange(newest % 3, newest + 1, 3, dtype=torch.int32, device=held.device)
+    return RowSelection(ids.expand(*held.shape, -1), torch.full_like(held, len(ids)), unit)
 
 
 def _estimate(kernel: Any, case: _Case) -> list[Tensor]:
@@ -132,7 +167,7 @@ def _estimate(kernel: Any, case: _Case) -> list[Tensor]:
 
 def _store(kernel: Any, case: _Case) -> list[Tensor]:
     kernel(case.cache.pool, case.k, case.v, case.destinations)
-    return [case.cache.pool.k, case.cache.pool.v]
+    return case.cache.pool.by_token
 
 
 def _move_kept(kernel: Any, case: _Case) -> list[Tensor]:
@@ -143,7 +178,7 @@ def _move_kept(kernel: Any, case: _Case) -> list[Tensor]:
     ids = torch.full((num_heads, int(counts.max())), -1, dtype=torch.int32, device=device)
     pages = case.cache.table.device[0, 0]
     kernel(case.cache.pool, keep, counts, pages, pages, ids)
-    return [case.cache.pool.k, case.cache.pool.v, ids]
+    return [*case.cache.pool.by_token, ids]
 
 
 TRIALS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
@@ -152,6 +187,7 @@ TRIALS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "estimate": _estimate,
     "store": _store,
     "move_kept": _move_kept,
+    "best_units": _best_units,
 }
 
 
@@ -159,21 +195,18 @@ def _complaint(
     trial: Callable[[Any, _Case], list[Tensor]],
     kernel: Any,
     twin: Any,
-    model: ModelInfo,
-    dtype: torch.dtype,
-    device: torch.device,
+    cases: list[_Case],
+    tolerance: float,
 ) -> str | None:
-    """What is wrong with a kernel, or None."""
-    expected = trial(twin, _draw(model, dtype, device))
+    """What is wrong with a kernel, or None. Two equal cases: a trial writes into the one it is given."""
+    expected = trial(twin, cases[0])
     try:
-        found = trial(kernel, _draw(model, dtype, device))
+        found = trial(kernel, cases[1])
     except Exception as error:  # whatever a compiler or a launcher raises: the twin serves
         return " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:1]])
     for got, want in zip(found, expected, strict=True):
         assert got.shape == want.shape, (got.shape, want.shape)
         error_norm = float((got.double() - want.double()).norm() / want.double().norm())
-        if not error_norm <= TOLERANCES[dtype]:  # NaN never passes
-            return (
-                f"it differs from torch by {error_norm:.1e} of the norm, {TOLERANCES[dtype]:.0e} is allowed"
-            )
+        if not error_norm <= tolerance:  # NaN never passes
+            return f"it differs from torch by {error_norm:.1e} of the norm, {tolerance:.0e} is allowed"
     return None

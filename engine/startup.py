@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from configs.errors import ConfigError
 from configs.grammars import Grammars
 from configs.loading import load_plan
 from configs.model import PAGE_SIZE, ModelInfo
+from configs.quantised import FP8, INT8
 from configs.schema import ServeConfig
 from engine import attention
 from engine.break_even import measured
+from engine.dense_prefill import with_flash
 from engine.engine import Engine
 from engine.kernels import kernels_for
 from engine.layers import fuse_layers
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 CPU_CACHE_SHARE = 0.4  # of the memory that is free once weights are loaded
 WARM_UP_TOKENS = 128
+FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on e4m3 has instructions
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,17 @@ class Resolution:
     plans: dict[str, ResolvedPlan]
     device: str
     dtype: str
+    page_dtype: torch.dtype | None = None  # of quantised pages
+
+    @property
+    def bytes_per_page(self) -> int:
+        dtype = self.page_dtype or getattr(torch, self.dtype)
+        return page_bytes(self.model.head_dim, dtype, self.states)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one token in all rows of a sequence."""
+        return self.bytes_per_page * self.model.num_layers * self.model.num_kv_heads // PAGE_SIZE
 
     @property
     def card(self) -> ModelCard:
@@ -58,25 +73,33 @@ class Resolution:
             plans=tuple(plan.card for plan in self.plans.values()),
             device=self.device,
             dtype=self.dtype,
+            cache_dtype=self.config.cache.dtype,
         )
 
 
 def resolve(config: ServeConfig) -> Resolution:
     """Check model, plans, device and dtype against each other. Raises ConfigError."""
-    device = _device(config.engine.device)
+    device = device_for(config.engine.device)
     folder = prepare_model(config.engine)
     model = model_info(folder, config.engine)
     states = StateRegistry()
-    plans = resolve_plans([load_plan(path) for path in config.plans], model, states)
+    page_dtype = page_dtype_for(config.cache.dtype, device)
+    plans = resolve_plans(
+        [load_plan(path) for path in config.plans], model, states, cache_dtype=config.cache.dtype
+    )
     if not plans:
         raise ConfigError("plans: at least one plan is needed")
-    return Resolution(config, folder, model, states, plans, device, _dtype(config.engine.dtype, device))
+    dtype = dtype_for(config.engine.dtype, device)
+    return Resolution(config, folder, model, states, plans, device, dtype, page_dtype)
 
 
-def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
+def load(
+    resolution: Resolution, tell: Callable[[str, float], None] = lambda phase, fraction: None
+) -> tuple[Engine, ModelCard]:
     """Load weights, size the cache, run a first request through everything. Raises ConfigError if it cannot
-    fit."""
+    fit. `tell` hears what is done next, and how much of it all has been done by then, roughly."""
     config, model = resolution.config, resolution.model
+    tell("weights", 0.0)
     torch.set_num_threads(config.engine.threads or os.cpu_count() or 1)
     attention.register()
     network = load_model(
@@ -90,18 +113,23 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
     if device.type == "cpu":
         speed_up_decode(network)
         fuse_layers(network)
-    bytes_per_page = page_bytes(model.head_dim, dtype, resolution.states)
+    bytes_per_page = resolution.bytes_per_page
     num_pages = _pool_bytes(config, model, bytes_per_page, device) // bytes_per_page
     model = _fit_length(model, config, resolution.plans, num_pages)
-    kernels = checked(kernels_for(device), model, dtype, device)
+    tell("kernels", 0.4)
+    log.info("KV cache: %d pages, %d bytes per token held", num_pages, resolution.bytes_per_token)
+    kernels = checked(kernels_for(device, resolution.page_dtype), model, dtype, device, resolution.page_dtype)
+    kernels = with_flash(kernels, model, dtype, device, resolution.page_dtype)
     cache = KVCache(
         model,
-        CacheSize(num_pages, config.scheduler.max_num_seqs, model.max_length),
+        CacheSize(num_pages, config.scheduler.max_num_seqs, model.max_length, *host_sizes(resolution)),
         dtype=dtype,
         device=device,
         states=resolution.states,
         moves=kernels.moves,
+        page_dtype=resolution.page_dtype,
     )
+    tell("from which length on sparse plans pay", 0.5)
     plans = measured(resolution.plans, model, cache, kernels, Rope.of(network))
     runner = ModelRunner(network, cache, kernels, device)
 
@@ -121,6 +149,7 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
             grammars=grammars,
         )
 
+    tell("a first request under every plan", 0.8)
     _warm_up(engine(), plans, model)  # an engine of its own: nobody asked for these tokens
     card = msgspec.structs.replace(
         resolution.card,
@@ -132,13 +161,14 @@ def load(resolution: Resolution) -> tuple[Engine, ModelCard]:
     return engine(), card
 
 
-def _device(asked: str) -> str:
+def device_for(asked: str) -> str:
+    """The device that `engine.device` means here."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda was asked for, and torch sees no CUDA device")
     return "cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu"
 
 
-def _dtype(asked: str, device: str) -> str:
+def dtype_for(asked: str, device: str) -> str:
     """bfloat16 where the device multiplies it natively; elsewhere it is slower than float32."""
     if device == "cpu" and asked == "float16":
         raise ConfigError(
@@ -149,6 +179,17 @@ def _dtype(asked: str, device: str) -> str:
         return asked
     native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
+
+
+def page_dtype_for(asked: str, device: str) -> torch.dtype | None:
+    """What quantised pages hold, None = what the model computes in."""
+    if asked == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        raise ConfigError(
+            "cache.dtype: fp8 needs a GPU that converts it (compute capability"
+            f" {'.'.join(map(str, FP8_CAPABILITY))} or newer), this one has"
+            f" {'.'.join(map(str, torch.cuda.get_device_capability()))}: use int8, which takes as much"
+        )
+    return {"auto": None, "int8": INT8, "fp8": FP8}[asked]
 
 
 def _pool_bytes(config: ServeConfig, model: ModelInfo, bytes_per_page: int, device: torch.device) -> int:
@@ -164,6 +205,19 @@ def _pool_bytes(config: ServeConfig, model: ModelInfo, bytes_per_page: int, devi
     rows = model.num_layers * model.num_kv_heads
     most = config.scheduler.max_num_seqs * rows * pages_for(model.max_length) * bytes_per_page
     return max(0, min(available, most))
+
+
+def host_sizes(resolution: Resolution) -> tuple[int, int]:
+    """Pages of the host tier, and how many columns of them are for beginnings of prompts."""
+    config, model = resolution.config.cache, resolution.model
+    rows = model.num_layers * model.num_kv_heads
+    pages = config.host_memory // resolution.bytes_per_page
+    if config.host_memory and pages < rows:
+        raise ConfigError(
+            f"cache.host_memory: {config.host_memory} bytes are less than one block of tokens takes,"
+            f" {rows * resolution.bytes_per_page}; give it more, or 0 for no host tier"
+        )
+    return pages, int(pages * config.host_columns) // rows if config.enable_prefix_caching else 0
 
 
 def _free_memory() -> int:

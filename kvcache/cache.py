@@ -5,6 +5,7 @@
     compact | pack                                                         if the policy forgets something
     fork                                                                   one prompt, several answers
     decode    (reserve_next, sync, forward: write and read, advance)*      a table index is a place in the row
+    swap_out, swap_in                                                      at any time, with a host tier
     release
 
 Three lengths stay apart: `computed` (logical tokens of a sequence), `held` (tokens of a row), `pages_held`.
@@ -13,7 +14,7 @@ Everything here runs between forwards, except `view` and `write`, which use what
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,14 +22,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
+from configs.quantised import dequantise
 from kvcache.compaction import copy_pages, own_pages
 from kvcache.decode import Rows
+from kvcache.host import HostArena, Swapped
+from kvcache.host_columns import HostColumns
 from kvcache.moves import TORCH_MOVES, Moves
 from kvcache.origins import Origins
 from kvcache.pool import PagePool, pages_for
 from kvcache.prefix import NO_COLUMNS, NO_PARENT, Columns, PrefixCache
 from kvcache.promises import Promises
-from kvcache.state import StateRegistry
+from kvcache.state import NewKeys, StateRegistry
 from kvcache.table import PageTable, SlotArray, Slots
 from kvcache.view import KeyView
 
@@ -40,6 +44,8 @@ class CacheSize:
     num_pages: int
     num_slots: int  # sequences that may live at once
     max_length: int  # tokens of the longest sequence, prompt and generated
+    host_pages: int = 0  # of the host tier; 0 = there is none
+    host_columns: int = 0  # of those, for columns that leave the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +78,25 @@ class KVCache:
         device: torch.device,
         states: StateRegistry,
         moves: Moves = TORCH_MOVES,
+        page_dtype: torch.dtype | None = None,  # of quantised pages; None = pages hold keys as they come
     ) -> None:
+        self.dtype = dtype  # that keys and values come in, and are read in
         self.num_layers, self.num_kv_heads = model.num_layers, model.num_kv_heads
         self.num_slots = size.num_slots
         self.states, self.moves = states, moves
         states.allocate(size.num_pages, size.num_slots, device)
-        self.pool = PagePool(size.num_pages, model.head_dim, dtype=dtype, device=device, states=states)
+        self.pool = PagePool(
+            size.num_pages, model.head_dim, dtype=page_dtype or dtype, device=device, states=states
+        )
         self.prefix = PrefixCache(self.pool, self.num_rows)
         self.pool.make_room = self.prefix.make_room
-        self.promises = Promises(size.num_pages, size.num_slots, self.prefix)
+        self.host = HostArena(size.host_pages, self.pool) if size.host_pages else None
+        self.host_columns = None
+        if self.host is not None and size.host_columns:
+            self.host_columns = HostColumns(self.host, size.host_columns, self.pool, self.prefix)
+            self.prefix.leaving = self.host_columns.keep
+        for_swaps = size.host_pages - size.host_columns * self.num_rows
+        self.promises = Promises(size.num_pages, size.num_slots, self.prefix, for_swaps)
         rows = (size.num_slots, model.num_layers, model.num_kv_heads)
         self.table = PageTable(*rows, pages_for(size.max_length), device)
         self.held = SlotArray(rows, 0, device)
@@ -88,6 +104,7 @@ class KVCache:
         self._is_live = np.zeros(size.num_slots, dtype=bool)
         self._reserved = np.zeros(size.num_slots, dtype=np.int64)  # logical blocks given pages in prefill
         self._origins: list[Origins | None] = [None] * size.num_slots  # set once a sequence is packed
+        self._swapped: list[Swapped] = []  # sequences that are out
 
     @property
     def num_rows(self) -> int:
@@ -96,31 +113,56 @@ class KVCache:
 
     # Admission: a promise is a count; pages are taken later.
 
-    def can_admit(self, pages: int, *, slots: int = 1, columns: Columns = NO_COLUMNS) -> bool:
-        """So many slots are free, and every promise could be kept beside `pages`, which include `columns`."""
-        return int((~self._is_live).sum()) >= slots and self.promises.fits(pages, columns)
+    def can_admit(
+        self, pages: int, *, most: int | None = None, slots: int = 1, columns: Columns = NO_COLUMNS
+    ) -> bool:
+        """So many slots are free, and every promise could be kept beside `pages`, which include `columns`.
 
-    def admit(self, pages: int, *, columns: Columns = NO_COLUMNS) -> int:
+        most: pages it may `grow` to; none = as many. Several slots must be secured together: see `Promises`.
+        """
+        most = most or pages
+        return (
+            int((~self._is_live).sum()) >= slots
+            and self.promises.fits(pages, columns)
+            and (self.promises.can_secure(most, columns) or (slots == 1 and self.promises.can_cover(most)))
+        )
+
+    def admit(self, pages: int, *, most: int | None = None, columns: Columns = NO_COLUMNS) -> int:
         """Promise so many pages to a new sequence, and give it a slot with zeroed state.
 
         `columns` are its first blocks, borrowed and pinned: a part of what it is promised.
         """
-        assert self.can_admit(pages, columns=columns), (
+        assert self.can_admit(pages, most=most, columns=columns), (
             f"{pages} pages promised on top of {self.promises.total} of {self.pool.num_pages}, "
             f"{self._is_live.sum()} of {self.num_slots} slots taken"
         )
         slot = int(self._is_live.argmin())
         self._is_live[slot] = True
-        self.promises.make(slot, pages)
+        self.promises.make(slot, pages, most or pages, columns)
         self.states.zero_slot(slot)
         if columns.size:
             self.borrow(slot, columns)
         return slot
 
     def promise(self, slot: int, pages: int) -> None:
-        """Lower what was promised, once a prompt is computed: others may be admitted on the difference."""
+        """Lower what was promised, once a prompt is computed: others may be admitted on the difference.
+
+        With a host tier it keeps what it holds and a page for every row, until it grows.
+        """
         assert self._is_live[slot]
-        self.promises.lower(slot, pages)
+        now = None if self.host is None else self._pages_held(slot) + self.num_rows
+        self.promises.lower(slot, pages, now)
+
+    def grow(self, slot: int) -> bool:
+        """Promise the pages that the next token of a decoding sequence takes, if others leave them to it."""
+        return self.promises.grow(slot, self._next_places(np.array([slot]))[0].size)
+
+    def secure(self, slot: int) -> None:
+        """From now on this sequence is not swapped out, if the pool has room for its most."""
+        self.promises.secure(slot)
+
+    def can_swap_out(self, slot: int) -> bool:
+        return self.promises.is_covered(slot)
 
     def release(self, slot: int) -> None:
         """The sequence is over: pages, promise and slot go back."""
@@ -136,6 +178,96 @@ class KVCache:
         self._origins[slot] = None
         self._is_live[slot] = False
 
+    # The host tier: a sequence leaves with all it holds, and comes back as if it had never left.
+
+    def swap_out(self, slot: int) -> Swapped:
+        """Copy what it holds to the host, bit for bit. Its pages and its slot are free then."""
+        assert self.host is not None and self.can_swap_out(slot), f"slot {slot} is free or secured"
+        slot_state = self.states.save_slot(slot)
+        pages = self.table.host[slot].copy()
+        present = pages >= 0
+        pages[present] = self.host.save(pages[present])
+        columns, promises = self.promises.columns(slot), self.promises
+        most = promises.most_of(slot)
+        swapped = Swapped(
+            pages=pages,
+            held=self.held.host[slot].copy(),
+            computed=int(self.computed[slot]),
+            reserved=int(self._reserved[slot]),
+            origins=self._origins[slot],
+            slot_state=slot_state,
+            keys=self.prefix.keys(columns),
+            tokens=self.prefix.tokens(columns),
+            promised=min(most, max(promises.of(slot), self._pages_held(slot) + self.num_rows)),
+            most=most,
+        )
+        promises.swap_out(slot)
+        self.release(slot)
+        self._swapped.append(swapped)
+        return swapped
+
+    def can_swap_in(self, swapped: Swapped) -> bool:
+        """A slot is free, and what it needs to go on could be promised."""
+        chain = self.prefix.find(swapped.keys, swapped.tokens)
+        return not self._is_live.all() and self.promises.fits(swapped.promised, chain)
+
+    def swap_in(self, swapped: Swapped) -> int:
+        """Give it a slot and pages again. Columns that are still there are borrowed, all else is copied."""
+        assert self.host is not None and self.can_swap_in(swapped)
+        chain = self.prefix.find(swapped.keys, swapped.tokens)
+        slot = int(self._is_live.argmin())
+        self.promises.swap_in(swapped.most)
+        self.promises.make(slot, swapped.promised, swapped.most, chain)
+        self.promises.borrow(slot, chain)  # pinned before pages are taken: those could be its own
+        host = swapped.pages[:, :, chain.size :]
+        present = host >= 0
+        own = self.pool.allocate(int(present.sum()))
+        try:
+            self.host.load(host[present], own)
+        except Exception:
+            self.pool.release(own)
+            self.promises.end(slot)
+            self.promises.swap_in(-swapped.most)
+            raise
+        self.promises.take(slot, own.size)
+        table = self.table.host[slot]
+        table[:, :, chain.size :][present] = own
+        table[:, :, : chain.size] = self._pages_of(chain)
+        self.pool.retain(table[:, :, : chain.size].ravel())
+        self.table.touch(slot)
+        self.held.host[slot] = swapped.held
+        self.held.touch(slot)
+        self.computed[slot], self._reserved[slot] = swapped.computed, swapped.reserved
+        self._origins[slot] = swapped.origins
+        self.states.load_slot(slot, swapped.slot_state)
+        self._is_live[slot] = True
+        self.prefix.touch(chain)
+        self._leave_host(swapped)
+        return slot
+
+    def forget(self, swapped: Swapped) -> None:
+        """A sequence that is out has ended."""
+        self.promises.swap_in(swapped.most)
+        self._leave_host(swapped)
+
+    def known(self, keys: Sequence[bytes], tokens: NDArray[np.int32]) -> int:
+        """How many of these blocks, from the first one on, are in the prefix cache or on the host."""
+        known = self.prefix.find(keys, tokens).size
+        if self.host_columns is not None:
+            known += self.host_columns.count(keys[known:], tokens[known * PAGE_SIZE :])
+        return known
+
+    def restore(self, keys: Sequence[bytes], tokens: NDArray[np.int32]) -> Columns:
+        """The columns of these blocks, from the first one on; those on the host are copied back first."""
+        if self.host_columns is not None:
+            self.host_columns.restore(keys, tokens)
+        return self.prefix.find(keys, tokens)
+
+    def _leave_host(self, swapped: Swapped) -> None:
+        assert self.host is not None
+        self.host.release(swapped.pages[swapped.pages >= 0])
+        self._swapped.remove(swapped)
+
     # Sharing: an equal beginning is computed once, and read by all.
 
     def borrow(self, slot: int, chain: Columns, *, left: NDArray[np.bool_] | None = None) -> None:
@@ -149,8 +281,7 @@ class KVCache:
         had = int(self._reserved[slot])
         assert had * PAGE_SIZE == self.computed[slot], f"slot {slot} has computed tokens of its own"
         self.prefix.touch(chain)
-        shape = (self.num_layers, self.num_kv_heads, chain.size)
-        pages = self.prefix.pages(chain).T.reshape(shape)
+        pages = self._pages_of(chain)
         if left is not None:
             pages = np.where(left, np.int32(-1), pages)
         before = self.table.host[slot, :, :, : chain.size].copy()
@@ -163,7 +294,9 @@ class KVCache:
         self.held.host[slot] = (pages >= 0).sum(-1) * PAGE_SIZE
         self.held.touch(slot)
         if left is None:
-            self.promises.borrow(slot, chain[had:])
+            pinned = self.promises.columns(slot).size  # fewer than it had, if some were swapped in as its own
+            self.promises.give_back(slot, int((before[:, :, pinned:] >= 0).sum()))
+            self.promises.borrow(slot, chain[pinned:])
         else:
             self.promises.give_back(slot, int((before >= 0).sum()))
             self.promises.take(slot, int((pages >= 0).sum()))
@@ -223,7 +356,7 @@ class KVCache:
             self.table.host[fork] = full
             copies = self.pool.allocate(layer.size)
             self.table.host[fork, layer, head, last] = copies
-            copy_pages(self.pool, self.states, partial[layer, head, last], copies)
+            copy_pages(self.pool, partial[layer, head, last], copies)
             self.pool.retain(full.ravel())
             self.table.touch(fork)
             self.held.host[fork] = held
@@ -236,8 +369,7 @@ class KVCache:
         """The blocks from `first` on were computed twice: read what the other published."""
         if not columns.size:
             return
-        shape = (self.num_layers, self.num_kv_heads, columns.size)
-        pages = self.prefix.pages(columns).T.reshape(shape)
+        pages = self._pages_of(columns)
         own = self.table.host[slot, :, :, first : first + columns.size]
         self.pool.retain(pages.ravel())
         self.pool.release(own.ravel())
@@ -268,19 +400,24 @@ class KVCache:
             if self._origins[slot] is None:
                 assert not self._holes(slot).any(), f"slot {slot}: pack rows with dropped pages before decode"
                 self._reserved[slot] = pages_for(int(self.computed[slot]) + 1)
-        held = self.held.host[index]  # [B, L, Hkv]
-        b, layer, head = np.nonzero(held % PAGE_SIZE == 0)
-        place = held[b, layer, head] // PAGE_SIZE
-        owner = index[b]
-        wanting = self.table.host[owner, layer, head, place] < 0  # not so if a step was prepared and given up
-        owner, layer, head, place = owner[wanting], layer[wanting], head[wanting], place[wanting]
+        owner, layer, head, place = self._next_places(index)
         self.promises.take(*np.unique(owner, return_counts=True))
         self.table.host[owner, layer, head, place] = self.pool.allocate(owner.size)
         self.table.touch(owner)
 
+    def _next_places(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Where the next token of these slots has no page yet: slot, layer, head, place [n] each."""
+        held = self.held.host[slots].astype(np.int64)  # [B, L, Hkv]
+        b, layer, head = np.nonzero(held % PAGE_SIZE == 0)
+        place = held[b, layer, head] // PAGE_SIZE
+        owner = slots[b]
+        wanting = self.table.host[owner, layer, head, place] < 0  # not so if a step was prepared and given up
+        return owner[wanting], layer[wanting], head[wanting], place[wanting]
+
     def prefill_destinations(self, slot: int, start: int, length: int) -> Tensor:
         """Where positions [start, start + length) go: int64 [L, Hkv, length], page * PAGE_SIZE + offset."""
         assert self._origins[slot] is None and not self.table.is_stale
+        assert start % PAGE_SIZE == 0 or not self.states.is_kept_up, f"slot {slot}: a chunk from {start} on"
         blocks = self.table.host[slot, :, :, start // PAGE_SIZE : pages_for(start + length)]
         assert (blocks >= 0).all(), f"slot {slot}: positions {start}..{start + length} are not reserved"
         position = torch.arange(start, start + length, device=self.table.device.device)
@@ -324,6 +461,16 @@ class KVCache:
         """
         self.moves.store(self.pool, k, v, destinations)
 
+    def keep_up(self, new: NewKeys) -> None:
+        """After `write`: page state follows, by the keys as they will be read."""
+        if not self.states.is_kept_up:
+            return
+        if self.pool.k_scales is not None:
+            codes = self.pool.k.flatten(0, 1)[new.destinations]
+            read = dequantise(codes, self.pool.k_scales.flatten()[new.destinations], self.dtype)
+            new = replace(new, k=read)
+        self.states.write(new)
+
     def view(self, slot: int, layer: int, num_tokens: int) -> KeyView:
         """Keys and values of positions [0, num_tokens): what is computed, and the chunk of this forward."""
         assert not self.table.is_stale and not self.held.is_stale
@@ -336,6 +483,9 @@ class KVCache:
         return KeyView(
             k_pool=self.pool.k,
             v_pool=self.pool.v,
+            k_scales=self.pool.k_scales,
+            v_scales=self.pool.v_scales,
+            dtype=self.dtype,
             pages=self.table.device[slot, layer, :, :width],
             num_tokens=num_tokens,
             num_held=self.held.device[slot, layer] + new,
@@ -420,7 +570,6 @@ class KVCache:
         assert keep.shape[-1] == self.computed[slot], (
             f"keep {keep.shape}, {self.computed[slot]} tokens computed"
         )
-        assert self.states.page_bytes == 0, "page state cannot be rebuilt for a compacted page"
         assert not self.table.is_stale
         if self._holes(slot).any():
             present = self.table.device[slot, :, :, : self._reserved[slot]] >= 0
@@ -433,6 +582,7 @@ class KVCache:
             old = self.table.device[slot, layer]
             pages = torch.from_numpy(new).to(old.device)
             self.moves.move_kept(self.pool, keep[layer], counts[layer], old, pages, ids[layer])
+            self._rebuild_state(new, kept[layer])
             self.pool.release(leaving)
             self.table.host[slot, layer] = new
         self.table.touch(slot)
@@ -440,6 +590,19 @@ class KVCache:
         self.held.touch(slot)
         self.promises.own_all(slot, int((self.table.host[slot] >= 0).sum()))
         self._origins[slot] = Origins(ids=ids, counts=counts, unit=1, start=keep.shape[-1])
+
+    def _rebuild_state(self, pages: NDArray[np.int32], counts: NDArray[np.int32]) -> None:
+        """Page state of rows that were compacted. pages [Hkv, P] by place, counts [Hkv] tokens."""
+        if not self.states.is_kept_up:
+            return
+        head, place = np.nonzero(pages >= 0)
+        held = np.minimum(counts[head] - place * PAGE_SIZE, PAGE_SIZE)
+        device, scales = self.table.device.device, self.pool.k_scales
+        ids = torch.from_numpy(pages[head, place]).long().to(device)
+        keys = self.pool.k.index_select(0, ids)
+        if scales is not None:
+            keys = dequantise(keys, scales.index_select(0, ids), self.dtype)
+        self.states.rebuild(ids, keys, torch.from_numpy(held).to(device))
 
     # What is held.
 
@@ -455,13 +618,28 @@ class KVCache:
             held_bytes=(private + borrowed) * self.pool.page_bytes,
         )
 
+    @property
+    def pages_on_host(self) -> int:
+        """Pages of the host tier that something is in."""
+        return 0 if self.host is None else self.host.num_pages - self.host.num_free
+
+    @property
+    def columns_restored(self) -> int:
+        """That came back from the host since the start."""
+        return 0 if self.host_columns is None else self.host_columns.restored
+
     def kept_tokens(self, slot: int) -> float:
         """Tokens held per row, mean over layers and KV heads."""
         return float(self.held.host[slot].mean())
 
+    def held_by_head(self, slot: int) -> NDArray[np.int32]:
+        """Tokens held by this sequence's rows: [L, Hkv]."""
+        held: NDArray[np.int32] = self.held.host[slot]
+        return held
+
     def bytes_of(self, slot: int) -> int:
         """Bytes of the pages that this sequence holds."""
-        return int((self.table.host[slot] >= 0).sum()) * self.pool.page_bytes
+        return self._pages_held(slot) * self.pool.page_bytes
 
     def check(self) -> None:
         """Every page is free, or referred to by the rows and the column that hold it; promises hold."""
@@ -493,8 +671,24 @@ class KVCache:
             assert not any(left) and unpacked[slot], f"free slot {slot} still has {left}"
         self.table.check()
         self.held.check()
+        if self.host is not None:
+            owned = [swapped.pages[swapped.pages >= 0] for swapped in self._swapped]
+            if self.host_columns is not None:
+                self.host_columns.check()
+                owned.append(self.host_columns.owned)
+            self.host.check(np.concatenate(owned) if owned else np.empty(0, dtype=np.int32))
+            uncovered = [swapped for swapped in self._swapped if swapped.num_pages > swapped.most]
+            assert not uncovered, f"{len(uncovered)} sequences hold more on the host than is covered"
 
     def _holes(self, slot: int) -> NDArray[np.bool_]:
         """[L, Hkv]: rows of an unpacked slot that lost pages."""
         holes: NDArray[np.bool_] = self.held.host[slot] != self.computed[slot]
         return holes
+
+    def _pages_of(self, columns: Columns) -> NDArray[np.int32]:
+        """Page ids of these columns, as rows of the table have them: [L, Hkv, n]."""
+        pages = self.prefix.pages(columns)
+        return pages.T.reshape(self.num_layers, self.num_kv_heads, columns.size)
+
+    def _pages_held(self, slot: int) -> int:
+        return int((self.table.host[slot] >= 0).sum())

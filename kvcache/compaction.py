@@ -7,7 +7,6 @@ from torch import Tensor
 
 from configs.model import PAGE_SIZE
 from kvcache.pool import PagePool
-from kvcache.state import StateRegistry
 
 
 def own_pages(
@@ -42,15 +41,14 @@ def move_kept(pool: PagePool, keep: Tensor, counts: Tensor, old: Tensor, new: Te
     place = torch.arange(len(head), device=keep.device) - first[head]
     source = old[head, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
     target = new[head, place // PAGE_SIZE].long() * PAGE_SIZE + place % PAGE_SIZE
-    for tokens in (pool.k.flatten(0, 1), pool.v.flatten(0, 1)):
-        tokens.index_copy_(0, target, tokens.index_select(0, source))
+    for tokens in pool.by_token:
+        flat = tokens.flatten(0, 1)
+        flat.index_copy_(0, target, flat.index_select(0, source))
     ids[head, place] = position.int()
 
 
-def copy_pages(
-    pool: PagePool, states: StateRegistry, source: NDArray[np.int32], target: NDArray[np.int32]
-) -> None:
-    """Keys and values of whole pages, with their page state. source, target [n]; no target is a source."""
+def copy_pages(pool: PagePool, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
+    """Whole pages, with all that they carry. source, target [n]; no target is a source."""
     of, to = (torch.from_numpy(pages).long().to(pool.k.device) for pages in (source, target))
-    for tokens in (pool.k, pool.v, *states.all_pages()):
+    for tokens in pool.carried:
         tokens.index_copy_(0, to, tokens.index_select(0, of))

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from configs.quantised import quantise
 from kvcache import compaction
 from kvcache.pool import PagePool
 
@@ -24,9 +25,15 @@ class MoveKept(Protocol):
 
 
 def store(pool: PagePool, k: Tensor, v: Tensor, destinations: Tensor) -> None:
-    """Write tokens k, v [A, C, D] of any strides; destinations int64 [A, C], page * PAGE_SIZE + offset."""
-    pool.k.flatten(0, 1).index_put_((destinations,), k)
-    pool.v.flatten(0, 1).index_put_((destinations,), v)
+    """Write tokens k, v [A, C, D] of any strides; destinations int64 [A, C], page * PAGE_SIZE + offset.
+
+    Where pages hold codes, tokens are quantised on their way in, each by itself.
+    """
+    for pages, scales, tokens in ((pool.k, pool.k_scales, k), (pool.v, pool.v_scales, v)):
+        if scales is not None:
+            tokens, own = quantise(tokens, pages.dtype)
+            scales.flatten().index_put_((destinations,), own)
+        pages.flatten(0, 1).index_put_((destinations,), tokens)
 
 
 @dataclass(frozen=True, slots=True)

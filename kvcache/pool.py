@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.model import PAGE_SIZE
+from configs.quantised import is_quantised, token_bytes
 from kvcache.state import StateRegistry
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector a kernel loads
@@ -24,8 +25,8 @@ def pages_for(tokens: int) -> int:
 
 
 def page_bytes(head_dim: int, dtype: torch.dtype, states: StateRegistry) -> int:
-    """What one page costs: its keys, its values, and the page state that plug-ins declared."""
-    return 2 * PAGE_SIZE * head_dim * dtype.itemsize + states.page_bytes
+    """What one page of this dtype costs: keys, values, their scales, and the state that plug-ins declared."""
+    return 2 * PAGE_SIZE * token_bytes(head_dim, dtype) + states.page_bytes
 
 
 class PagePool:
@@ -33,6 +34,8 @@ class PagePool:
 
     k: Tensor  # [num_pages, PAGE_SIZE, D]
     v: Tensor  # [num_pages, PAGE_SIZE, D]
+    k_scales: Tensor | None  # [num_pages, PAGE_SIZE] float32, one per token; None where pages hold no codes
+    v_scales: Tensor | None
     references: NDArray[np.int32]  # [num_pages]
     page_bytes: int
     make_room: Callable[[int], None]  # asked for so many pages when too few are free
@@ -52,6 +55,9 @@ class PagePool:
         # Zeros, not garbage: masked attention multiplies unwritten values by 0, and 0 * NaN is NaN.
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
+        self.k_scales = _zeros(shape[:2], torch.float32, device) if is_quantised(dtype) else None
+        self.v_scales = _zeros(shape[:2], torch.float32, device) if is_quantised(dtype) else None
+        self._states = states
         self.references = np.zeros(num_pages, dtype=np.int32)
         self.page_bytes = page_bytes(head_dim, dtype, states)
         self._free = np.arange(num_pages, dtype=np.int32)[::-1].copy()  # a stack: [0, num_free) are free
@@ -61,6 +67,18 @@ class PagePool:
     @property
     def num_pages(self) -> int:
         return len(self.references)
+
+    @property
+    def by_token(self) -> list[Tensor]:
+        """What each token of a page carries, to be moved: [num_pages, PAGE_SIZE, ...]; codes as bytes."""
+        if self.k_scales is None or self.v_scales is None:
+            return [self.k, self.v]
+        return [self.k.view(torch.int8), self.v.view(torch.int8), self.k_scales, self.v_scales]
+
+    @property
+    def carried(self) -> list[Tensor]:
+        """Everything that a page carries, and so what its copy is: [num_pages, ...] each."""
+        return [*self.by_token, *self._states.all_pages()]
 
     @property
     def num_free(self) -> int:

@@ -8,7 +8,7 @@ A column that nobody pins stays until its pages are wanted: least recently used 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,14 @@ class PrefixCache:
         self._last_used = np.zeros(capacity, dtype=np.int64)
         self._clock = 0
         self.holds = np.zeros(pool.num_pages, dtype=bool)  # [num_pages]: is the page of a column?
+        self.leaving: Callable[[Columns], None] = lambda columns: (
+            None
+        )  # told before their pages are given back
+
+    @property
+    def capacity(self) -> int:
+        """Columns that the pool could hold."""
+        return len(self._keys)
 
     @property
     def num_columns(self) -> int:
@@ -60,6 +68,11 @@ class PrefixCache:
     def pinned_pages(self) -> int:
         """Pages of the columns that live sequences count on, each once."""
         return int((self._pins > 0).sum()) * self.pages_per_column
+
+    def pages_to_spare(self, staying: Columns) -> int:
+        """Pages that would be free if every column left that can, but for these."""
+        known, frees = self._unpinned()
+        return int(frees[~np.isin(known, staying)].sum())
 
     def unpinned_pages(self, columns: Columns) -> int:
         """How many pages pinning these would add."""
@@ -81,6 +94,19 @@ class PrefixCache:
         """[n, R] page ids, in the order in which they were added."""
         pages: NDArray[np.int32] = self._pages[columns]
         return pages
+
+    def keys(self, columns: Columns) -> list[bytes]:
+        return [key for column in columns if (key := self._keys[column]) is not None]
+
+    def tokens(self, columns: Columns) -> NDArray[np.int32]:
+        """[n * PAGE_SIZE]."""
+        tokens: NDArray[np.int32] = self._tokens[columns].ravel()
+        return tokens
+
+    def depth(self, columns: Columns) -> NDArray[np.int64]:
+        """[n]: blocks before each."""
+        depth: NDArray[np.int64] = self._depth[columns]
+        return depth
 
     def add(
         self, parent: int, keys: Sequence[bytes], tokens: NDArray[np.int32], pages: NDArray[np.int32]
@@ -117,15 +143,13 @@ class PrefixCache:
 
     def make_room(self, count: int) -> None:
         """Let columns go until so many more pages are free, or no column is left that would free any."""
-        known = np.array(list(self._by_key.values()), dtype=np.int64)
-        known = known[self._pins[known] == 0]
-        frees = (self._pool.references[self._pages[known]] == 1).sum(
-            1
-        )  # pages that only the column refers to
+        known, frees = self._unpinned()
         known, frees = known[frees > 0], frees[frees > 0]
         order = np.lexsort((-self._depth[known], self._last_used[known]))
         enough = int(np.searchsorted(frees[order].cumsum(), count)) + 1
-        self._forget(self._with_descendants(known[order[:enough]]))
+        columns = self._with_descendants(known[order[:enough]])
+        self.leaving(columns)
+        self._forget(columns)
 
     def check(self) -> None:
         """Keys, parents and pages agree, and every column has its references."""
@@ -146,6 +170,12 @@ class PrefixCache:
         assert (self._last_used[known] <= np.where(rooted, self._clock, self._last_used[parents])).all()
         unknown = np.setdiff1d(np.arange(len(self._keys)), known)
         assert not self._pins[unknown].any(), "a column that left is pinned"
+
+    def _unpinned(self) -> tuple[Columns, NDArray[np.int64]]:
+        """Columns that can leave, and how many pages each would free: those that only it refers to."""
+        known = np.array(list(self._by_key.values()), dtype=np.int64)
+        known = known[self._pins[known] == 0]
+        return known, (self._pool.references[self._pages[known]] == 1).sum(1)
 
     def _with_descendants(self, columns: Columns) -> Columns:
         """These and all that follow them: a block without the one before it cannot be found."""

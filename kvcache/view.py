@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.model import PAGE_SIZE
+from configs.quantised import dequantise
 from kvcache.origins import Origins
 
 
@@ -15,6 +16,7 @@ class KeyView:
 
     k_pool: Tensor  # [num_pages, PAGE_SIZE, D], shared by every row of the server
     v_pool: Tensor  # [num_pages, PAGE_SIZE, D]
+    dtype: torch.dtype  # of keys and values once read
     pages: Tensor  # [Hkv, P] int32, -1 = dropped
     num_tokens: int  # logical length N: the positions [0, N) have been computed (this chunk included)
     num_held: Tensor  # [Hkv] int32 tokens held, this chunk included
@@ -22,6 +24,8 @@ class KeyView:
     layer: int
     has_holes: bool  # known on the host: some page of this layer was dropped and the row is not packed
     origins: Origins | None = None  # set once the sequence is packed
+    k_scales: Tensor | None = None  # [num_pages, PAGE_SIZE] float32, where the pools hold codes
+    v_scales: Tensor | None = None
     _gathered: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -45,13 +49,19 @@ class KeyView:
         Whole pages are copied, so the rows may be a slice of a slightly longer tensor.
         """
         if self._gathered is None:
-            self._gathered = self._gather(self.k_pool), self._gather(self.v_pool)
+            self._gathered = (
+                self._gather(self.k_pool, self.k_scales),
+                self._gather(self.v_pool, self.v_scales),
+            )
         return self._gathered
 
-    def _gather(self, pool: Tensor) -> Tensor:
+    def _gather(self, pool: Tensor, scales: Tensor | None) -> Tensor:
         num_heads, num_pages = self.pages.shape
         length = self.num_tokens if self.origins is None else self.max_held
-        rows = pool.index_select(0, self.pages.flatten().clamp(min=0))
+        ids = self.pages.flatten().clamp(min=0)
+        rows = pool.index_select(0, ids)
+        if scales is not None:
+            rows = dequantise(rows, scales.index_select(0, ids), self.dtype)
         rows = rows.view(num_heads, num_pages * PAGE_SIZE, pool.shape[2])[:, :length]
         if self.origins is not None:
             place = torch.arange(length, device=pool.device)

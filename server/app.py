@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from configs.schema import ServerConfig
 from engine.client import Engine
-from engine.errors import EngineDead
+from engine.errors import EngineDead, Overloaded
 from server import errors
+from server.admin import Admin
 from server.auth import Keys
 from server.chat_reply import ChatReply
 from server.completion import answer
 from server.disconnect import unless_disconnected
+from server.docs_page import docs_endpoints
 from server.gate import Gate
 from server.limits import Limits, Visit
 from server.metrics import Metrics
+from server.openapi import openapi
+from server.page import page_endpoints
 from server.prepare import Job, expect_model, prepare_chat, prepare_completion, salted
 from server.protocol import Request as CheckedRequest
 from server.protocol import parse_chat, parse_completion
@@ -44,11 +48,16 @@ def build_app(
     engine: Engine, tokenizer: Tokenizer, config: ServerConfig, metrics: Metrics, keys: Keys | None = None
 ) -> Gate:
     """The application over one engine. `metrics` knows the name that clients use for the model."""
-    # Interactive docs would load scripts from elsewhere; a slash too many is a wrong URL.
+    # FastAPI's own pages load scripts from elsewhere; a slash too many is a wrong URL.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    limits = Limits(config)
-    api = _Api(engine, tokenizer, config, metrics, StructuredOutputs(tokenizer.grammars), limits)
+    limits = Limits(config, metrics.refused)
+    outputs = StructuredOutputs(tokenizer.grammars)
+    api = _Api(engine, tokenizer, config, metrics, outputs, limits, Admin(limits))
     errors.install(app)
+    keys = keys or Keys()
+    plans = [plan.name for plan in engine.card.plans]
+    document = openapi(metrics.model_name, plans, locked=keys.are_needed)
+    admin = api.admin.endpoints() if keys.has_admins else {}
     texts = Tokens(engine, tokenizer, metrics.model_name, api.body)
     posts: dict[str, Endpoint] = {
         "/v1/chat/completions": api.chat,
@@ -56,6 +65,7 @@ def build_app(
         "/v1/responses": api.responses,
         "/tokenize": texts.tokenize,
         "/detokenize": texts.detokenize,
+        **admin,
     }
     gets: dict[str, Endpoint] = {
         "/v1/models": api.models,
@@ -67,11 +77,14 @@ def build_app(
         "/readyz": api.ready,
         "/livez": api.live,
         "/metrics": api.exposition,
+        "/stats": api.stats,
+        **page_endpoints(),
+        **docs_endpoints(document),
     }
     for method, endpoints in {"POST": posts, "GET": gets}.items():
         for path, endpoint in endpoints.items():
             app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    return Gate(app, keys or Keys(), limits)
+    return Gate(app, keys, limits)
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ class _Api:
     metrics: Metrics
     outputs: StructuredOutputs
     limits: Limits
+    admin: Admin
     started: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
     async def chat(self, request: Request) -> Response:
@@ -158,17 +172,32 @@ class _Api:
         return JSONResponse({"status": "live"})
 
     async def ready(self) -> Response:
-        """GET /readyz, /health: requests would be served now."""
-        self._expect_engine()
-        return JSONResponse({"status": "ready"})
+        """GET /readyz, /health: requests would be served now; else why not, and how far the engine is."""
+        if self.engine.is_ready:
+            self._expect_engine()
+            return JSONResponse({"status": "ready"})
+        loading = self.engine.loading
+        progress = {"phase": loading.phase, "fraction": loading.fraction, "reason": loading.reason}
+        return errors.reply(EngineDead(self._trouble), loading=None if self.engine.death else progress)
 
     async def exposition(self) -> Response:
         """GET /metrics"""
         return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
+    async def stats(self) -> Response:
+        """GET /stats: the engine at this moment, for the page."""
+        card = self.engine.card
+        pool = {"num_pages": card.num_pages, "page_bytes": card.page_bytes}
+        trouble = None if self.engine.is_ready else self._trouble
+        return JSONResponse({**msgspec.to_builtins(self.engine.stats), **pool, "trouble": trouble})
+
     async def _answer(self, request: Request, checked: CheckedRequest, job: Job, reply: Reply) -> Response:
         visit: Visit = request.state.visit
-        job = salted(job, checked, visit.key)
+        job = replace(
+            salted(job, checked, visit.key),
+            client_id=visit.request_id,
+            traceparent=request.headers.get("traceparent", ""),
+        )
         card = self.engine.card
         self.limits.queue(visit, job.submit.prompt_length, card.max_model_len * card.max_num_seqs)
         begun = partial(self.limits.answered, visit)
@@ -193,9 +222,16 @@ class _Api:
     def _expect_model(self, name: str) -> None:
         expect_model(name, self.metrics.model_name)
 
+    @property
+    def _trouble(self) -> str:
+        """Why nothing is served, where that is so."""
+        return self.engine.death or self.engine.loading.words
+
     def _expect_engine(self) -> None:
         if not self.engine.is_ready:
-            raise EngineDead(self.engine.death or "The model is still loading.")
+            raise EngineDead(self._trouble)
+        if self.admin.is_draining:
+            raise Overloaded("The server is being drained: it takes no new requests.", code="draining")
 
     async def body(self, request: Request) -> bytes:
         """The body of a JSON request, within the limit."""

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.messages import Cost, FinishReason
+from server.calls_in_text import ToolCall
 from server.completion import Piece
 from server.logprobs import chat_logprobs, joined, prompt_logprobs
 from server.prepare import Job
 from server.protocol import ChatCompletionRequest
-from server.responses import Head, cost_json, cost_of, usage_json
+from server.responses import Head, chunk_usage, cost_json, cost_of, progress_json, usage_json
 from server.speech import Said, Speech
 from server.tokenizer import Tokenizer
-from server.toolcalls import ForcedCalls, HermesCalls, LlamaCalls, NoCalls, ToolCall, ToolParser
+from server.toolcalls import ForcedCalls, HermesCalls, LlamaCalls, NoCalls, ToolParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +46,36 @@ class ChatReply:
         }
 
     async def chunks(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[dict[str, Any], None]:
-        no_usage = {"usage": None} if self.request.include_usage else {}
         ids = self.request.return_token_ids
         of_prompt = {"prompt_token_ids": list(self.job.submit.tokens)} if ids else {}
         messages = self._messages()
         cost: Cost | None = None
+        latest: dict[int, Piece] = {}  # of each choice
+        usage = chunk_usage(self.request, self.job, ())
         async with aclosing(pieces):
             async for piece in pieces:
+                if piece.computed is not None:
+                    progress = progress_json(self.job, piece.computed)
+                    yield self.head.json("chat.completion.chunk") | progress | usage
+                    continue
                 index, message = piece.choice, messages[piece.choice]
-                cost = cost or piece.cost
+                cost = piece.cost or cost
+                latest[index] = piece
+                usage = chunk_usage(self.request, self.job, latest.values())
                 if not message.pieces:
-                    yield self._chunk(index, {"role": "assistant", "content": ""}) | of_prompt | no_usage
+                    yield self._chunk(index, {"role": "assistant", "content": ""}) | of_prompt | usage
                 deltas = message.take(piece, self.tokenizer)
                 if not deltas and (piece.logprobs or (ids and piece.tokens)):
                     deltas = [{"content": ""}]  # tokens without text of their own yet
                 for number, delta in enumerate(deltas):
-                    yield self._chunk(index, delta, piece if number == 0 else None) | no_usage
+                    yield self._chunk(index, delta, piece if number == 0 else None) | usage
                 if piece.finish_reason is not None:
                     reason = self._finish_reason(piece, message.num_calls > 0)
                     last = self._chunk(index, {}, finish_reason=reason)
-                    yield last | {"farspan": cost_json(cost)} | no_usage
+                    yield last | {"farspan": cost_json(cost)} | usage
         if self.request.include_usage:
-            usage = usage_json(self.job, *(message.last for message in messages))
-            yield self.head.json("chat.completion.chunk") | {"choices": [], "usage": usage}
+            total = usage_json(self.job, *latest.values())
+            yield self.head.json("chat.completion.chunk") | {"choices": [], "usage": total}
 
     def _messages(self) -> list["_Message"]:
         choices = range(self.job.submit.choices)
@@ -93,11 +101,11 @@ class ChatReply:
 
     def _message(self, said: list[Said]) -> dict[str, Any]:
         content = "".join(part.text for part in said if part.kind == "content")
-        calls = [part.call for part in said if part.call is not None]
+        calls = _calls(said)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["content"] = content or None
-            message["tool_calls"] = [_call_json(call) for call in calls]
+            message["tool_calls"] = calls
         if self.job.reasoning != "none":
             thoughts = "".join(part.text for part in said if part.kind == "reasoning")
             message["reasoning_content"] = thoughts.strip() or None
@@ -157,8 +165,8 @@ class _Message:
             self.logprobs.append(chat_logprobs(piece.tokens, piece.logprobs, tokenizer))
         deltas = []
         for part in said:
-            deltas.append(_delta(part, self.num_calls))
             self.num_calls += part.call is not None
+            deltas.append(_delta(part, self.num_calls - 1))
         return deltas
 
 
@@ -173,11 +181,24 @@ def speech_of(request: ChatCompletionRequest, job: Job, tokenizer: Tokenizer) ->
     return Speech(parser, job.reasoning)
 
 
-def _delta(part: Said, num_calls: int) -> dict[str, Any]:
-    """What one part adds to the message; a call comes as a whole."""
+def _delta(part: Said, call: int) -> dict[str, Any]:
+    """What one part adds to the message, or to this call of it."""
     if part.call is not None:
-        return {"tool_calls": [{"index": num_calls, **_call_json(part.call)}]}
+        return {"tool_calls": [{"index": call, **_call_json(part.call)}]}
+    if part.kind == "arguments":
+        return {"tool_calls": [{"index": call, "function": {"arguments": part.text}}]}
     return {"reasoning_content" if part.kind == "reasoning" else "content": part.text}
+
+
+def _calls(said: list[Said]) -> list[dict[str, Any]]:
+    """The calls of a message, each with all of its arguments."""
+    calls: list[dict[str, Any]] = []
+    for part in said:
+        if part.call is not None:
+            calls.append(_call_json(part.call))
+        elif part.kind == "arguments":
+            calls[-1]["function"]["arguments"] += part.text
+    return calls
 
 
 def _call_json(call: ToolCall) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from engine.client import Engine
 from engine.errors import ServeError, StepFailed
 from engine.messages import Cost, FinishReason, Logprobs, TokenOutput
@@ -28,6 +30,7 @@ class Piece:
     logprobs: tuple[Logprobs, ...] = ()  # one per token, where asked for
     prompt_logprobs: tuple[Logprobs, ...] = ()  # of the prompt from its second token on, in the first piece
     choice: int = 0  # each has a last piece of its own
+    computed: int | None = None  # tokens of the prompt so far; such a piece has nothing of the answer
 
 
 async def answer(
@@ -44,11 +47,15 @@ async def answer(
     meter = metrics.open(job)
     texts = {choice: _text_of(job, tokenizer) for choice in range(job.submit.choices)}  # that go on
     ended = FinishReason.ABORT  # unless something else happens first
+    failure: str | None = None
     try:
         outputs = engine.generate(job.submit)
         assert isinstance(outputs, AsyncGenerator), "closing it is how a request is aborted"
         async with aclosing(outputs):
             while (output := await _next(outputs, job)) is not None:
+                if output.computed is not None:
+                    yield Piece("", 0, computed=output.computed)
+                    continue
                 if output.choice not in texts:
                     continue  # a stop string ended it, and the engine has yet to hear of that
                 on_first()
@@ -74,11 +81,11 @@ async def answer(
             else:
                 raise StepFailed("the engine ended this request without a reason")
         yield piece  # the engine has let go of the request by now, however slowly the client reads
-    except ServeError:
-        ended = FinishReason.ERROR
+    except ServeError as error:
+        ended, failure = FinishReason.ERROR, error.code
         raise
     finally:
-        meter.close(ended)
+        meter.close(ended, failure)
 
 
 def _text_of(job: Job, tokenizer: Tokenizer) -> "_AnswerText":
@@ -113,6 +120,9 @@ class _AnswerText:
         if output.finish_reason is FinishReason.ABORT:
             raise StepFailed("the request was aborted")
         self._cost = self._cost or output.cost
+        if self._cost is not None and output.decode_read_fraction is not None:
+            fraction = output.decode_read_fraction
+            self._cost = msgspec.structs.replace(self._cost, decode_read_fraction=fraction)
         # The token that made the engine stop is counted, but no part of the text.
         spoken = output.tokens[:-1] if output.finish_reason is FinishReason.STOP else output.tokens
         text = ""

@@ -39,6 +39,12 @@ class Unauthorized(ServeError):
     code = "invalid_api_key"
 
 
+class Forbidden(ServeError):
+    """A good API key, for something else."""
+
+    code = "permission_denied"
+
+
 class QuotaExceeded(ServeError):
     """The caller's key has all that it may have; others may still be served."""
 
@@ -60,6 +66,7 @@ _STATUS: dict[type[ServeError], int] = {
     NotFound: 404,
     TimedOut: 408,
     Unauthorized: 401,
+    Forbidden: 403,
     QuotaExceeded: 429,
     Overloaded: 503,
     StepFailed: 500,
@@ -108,8 +115,8 @@ def _status(error: Exception) -> int:
     return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
 
 
-def reply(error: Exception) -> JSONResponse:
-    """The reply to a request that failed before anything of it was sent."""
+def reply(error: Exception, **beside: Any) -> JSONResponse:
+    """The reply to a request that failed before anything of it was sent; with more beside the envelope."""
     status = _status(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if status in (429, 503):
@@ -120,7 +127,7 @@ def reply(error: Exception) -> JSONResponse:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
         headers["connection"] = "close"  # the rest of the body is still on its way
-    return JSONResponse(envelope(error), status, headers)
+    return JSONResponse(envelope(error) | beside, status, headers)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:

@@ -8,10 +8,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import ServeError
 from server import errors
+from server.admin import ADMIN_PATH
 from server.auth import Keys
+from server.docs_page import DOCS_PATHS
 from server.limits import Limits, Visit
+from server.page import PAGE_PATHS
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # everything else, found or not, needs a key
+# Everything else, found or not, needs a key; what the page asks for does, too.
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"}) | PAGE_PATHS | DOCS_PATHS
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -44,6 +48,7 @@ class Gate:
                 await self._app(scope, receive, named)
                 return
             self._identify(visit, headers)
+            self._check_admin(scope["path"], headers)
             self.limits.open(visit)
         except ServeError as error:
             await errors.reply(error)(scope, receive, named)
@@ -63,6 +68,15 @@ class Gate:
                 f"The request has {len(headers)} headers of {size} bytes; the limits are {MAX_HEADERS} and"
                 f" {MAX_HEADER_BYTES}."
             )
+
+    def _check_admin(self, path: str, headers: Headers) -> None:
+        if not self._keys.has_admins or not f"{path}/".startswith(f"{ADMIN_PATH}/"):
+            return  # without an admin key there are no admin routes
+        given = headers.getlist("authorization")
+        if len(given) != 1 or self._keys.owner(given[0]) is None:
+            raise errors.Unauthorized("This needs the admin key. Send it as 'Authorization: Bearer KEY'.")
+        if not self._keys.is_admin(given[0]):
+            raise errors.Forbidden("This needs the admin key.")
 
     def _identify(self, visit: Visit, headers: Headers) -> None:
         if not self._keys.are_needed:

@@ -1,6 +1,7 @@
 """Limits: how many requests are open and how many prompt tokens wait, for all and for each API key."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from configs.schema import ServerConfig
@@ -20,8 +21,9 @@ class Visit:
 class Limits:
     """Counts visits. Whoever opens one closes it on every path, and that ends all that it counts for."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, on_refusal: Callable[[str], None] = lambda reason: None) -> None:
         self._config = config
+        self._on_refusal = on_refusal
         self._open = 0
         self._open_of_key: Counter[str] = Counter()
         self.waiting_tokens = 0
@@ -30,8 +32,10 @@ class Limits:
         """Raises Overloaded when the server is full, QuotaExceeded when the key has its share."""
         most = self._config.max_requests_per_key
         if visit.key is not None and most is not None and self._open_of_key[visit.key] >= most:
+            self._on_refusal("key_quota")
             raise QuotaExceeded(f"This API key has {most} requests open, which is its limit.")
         if self._open >= self._config.max_open_requests:
+            self._on_refusal("open_requests")
             raise Overloaded(f"The server has {self._open} requests open, which is its limit.")
         self._open += 1
         if visit.key is not None:
@@ -54,6 +58,7 @@ class Limits:
         limit = self._config.max_queued_tokens
         limit = running if limit == "auto" else limit
         if self.waiting_tokens and self.waiting_tokens + prompt_tokens > limit:
+            self._on_refusal("queued_tokens")
             raise Overloaded(
                 f"{self.waiting_tokens} prompt tokens are waiting; with the {prompt_tokens} of this request"
                 f" they would pass the limit of {limit}."
@@ -65,6 +70,10 @@ class Limits:
         """The first token is there: the prompt waits no more."""
         self.waiting_tokens -= visit.waiting_tokens
         visit.waiting_tokens = 0
+
+    @property
+    def num_open(self) -> int:
+        return self._open
 
     @property
     def is_idle(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from engine.errors import BadRequest, NotFound, PromptTooLong
-from engine.messages import ModelCard, PlanCard, Sampling, Submit
+from engine.messages import ModelCard, PlanCard, Reports, Sampling, Submit
 from server.protocol import SHOWN, ChatCompletionRequest, CompletionRequest, Request
 from server.structured import StructuredOutputs, asked_of
 from server.tokenizer import Tokenizer
@@ -33,6 +33,8 @@ class Job:
     timeout: float | None = None  # seconds from arrival
     reasoning: Literal["none", "may come", "open"] = "none"  # open: the prompt ends in the middle of it
     echo_only: bool = False  # the one token that the engine must generate is not shown
+    client_id: str = ""  # the x-request-id of its reply
+    traceparent: str = ""  # the client's span, where it has one
 
     @property
     def deadline(self) -> float | None:
@@ -172,7 +174,17 @@ def _job(
         )
     if request.n > 1 and sampling.prompt_logprobs is not None:
         raise BadRequest("The prompt's log-probabilities go with one answer: 'n' must be 1.", param="n")
-    submit = Submit(request_id, tuple(tokens), len(tokens), plan.name, sampling, choices=request.n)
+    reports = Reports(progress=request.farspan.progress, per_head=request.farspan.per_head)
+    submit = Submit(
+        request_id,
+        tuple(tokens),
+        len(tokens),
+        plan.name,
+        sampling,
+        choices=request.n,
+        reports=reports,
+        priority=request.priority,
+    )
     return Job(
         submit,
         tuple(request.stop),

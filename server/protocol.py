@@ -20,6 +20,7 @@ from configs.errors import nearest
 from engine.errors import BadRequest
 
 INT64 = 2**63
+INT31 = 2**31
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024  # what may be held back of a stream
 MAX_STOP_TOKENS = 128
@@ -54,7 +55,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "priority": (0,),
     "vllm_xargs": ({},),
 }
 # What the server or transformers says to a template; some versions of theirs take more than they render.
@@ -99,7 +99,15 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] = False
+
+
+class Asked(Body):
+    """The field `farspan`: what to tell beside the answer. It changes nothing of the answer."""
+
+    progress: bool = False  # of the prompt, in a stream
+    per_head: bool = False  # the cost by layer and KV head
 
 
 class TextPart(Body):
@@ -305,8 +313,10 @@ class Request(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT)  # seconds from arrival to the end
+    priority: int = Field(0, ge=-INT31, lt=INT31)  # lower ones are admitted first
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = None
     user: str | None = None  # who asks: changes no answer
+    farspan: Asked = Asked()
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -338,6 +348,8 @@ class Request(Body):
             raise ValueError("'stream_options' is only allowed when 'stream' is true")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("'prompt_logprobs' is not available when 'stream' is true")
+        if self.farspan.progress and not self.stream:
+            raise ValueError("'farspan.progress' is only allowed when 'stream' is true")
         form = self.response_format
         if self.structured_outputs is not None or (form is not None and form.type != "text"):
             if self.structured_outputs is not None and form is not None:
@@ -361,6 +373,11 @@ class Request(Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Does every chunk say the usage so far?"""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class ChatCompletionRequest(Request):

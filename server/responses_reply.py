@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.messages import FinishReason
+from server.calls_in_text import ToolCall
 from server.chat_reply import speech_of
 from server.completion import Piece
 from server.prepare import Job
@@ -15,7 +16,6 @@ from server.responses import Head, cost_json, usage_json
 from server.responses_request import FlatChoice, ResponsesRequest
 from server.speech import Said
 from server.tokenizer import Tokenizer
-from server.toolcalls import ToolCall
 
 
 @dataclass(slots=True)
@@ -63,7 +63,10 @@ class ResponsesReply:
         """The events of one part: a new item if it is of another kind than the one that is open."""
         if part.call is not None:
             yield from self._close()
-            yield from self._call(part.call)
+            yield from self._open_call(part.call)
+            return
+        if part.kind == "arguments":
+            yield self._more_arguments(part.text)
             return
         kind = "reasoning" if part.kind == "reasoning" else "message"
         if not (self._is_open and self._items[-1]["type"] == kind):
@@ -99,6 +102,11 @@ class ResponsesReply:
             return
         item = self._items[-1]
         item["status"] = "completed"
+        if item["type"] == "function_call":
+            said = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("response.function_call_arguments.done", **self._place(item), **said)
+            yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
+            return
         part = item["content"][0]
         kind = "output_text" if item["type"] == "message" else "reasoning_text"
         place = {**self._place(item), "content_index": 0}
@@ -106,25 +114,23 @@ class ResponsesReply:
         yield self._event("response.content_part.done", **place, part=part)
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
-    def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+    def _open_call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
         item = {
             "id": _name("fc"),
             "type": "function_call",
-            "status": "completed",
+            "status": "in_progress",
             "call_id": call.id,
             "name": call.name,
-            "arguments": call.arguments,
+            "arguments": "",
         }
         self._items.append(item)
-        index = len(self._items) - 1
-        place = self._place(item)
-        added = item | {"status": "in_progress", "arguments": ""}
-        yield self._event("response.output_item.added", output_index=index, item=added)
-        yield self._event("response.function_call_arguments.delta", **place, delta=call.arguments)
-        yield self._event(
-            "response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments
-        )
-        yield self._event("response.output_item.done", output_index=index, item=item)
+        yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=dict(item))
+        yield self._more_arguments(call.arguments)
+
+    def _more_arguments(self, text: str) -> dict[str, Any]:
+        item = self._items[-1]
+        item["arguments"] += text
+        return self._event("response.function_call_arguments.delta", **self._place(item), delta=text)
 
     def _place(self, item: dict[str, Any]) -> dict[str, Any]:
         return {"item_id": item["id"], "output_index": len(self._items) - 1}
@@ -167,7 +173,8 @@ class ResponsesReply:
             "output": list(self._items),
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": usage["prompt_tokens_details"],
+                # Writing to the prefix cache costs nobody anything, and is not counted.
+                "input_tokens_details": usage["prompt_tokens_details"] | {"cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": self._thought_tokens},
                 "total_tokens": usage["total_tokens"],

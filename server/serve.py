@@ -2,17 +2,19 @@
 
 import asyncio
 import contextlib
-import logging
+import gc
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from rich.console import Console
 from starlette.types import ASGIApp
 
 from configs.errors import ConfigError
+from configs.logs import configure_logs
 from configs.schema import EngineConfig, ServeConfig, ServerConfig
 from engine.client import EngineClient
 from engine.errors import EngineDead
@@ -20,8 +22,11 @@ from engine.messages import ModelCard
 from server.app import build_app
 from server.auth import Keys
 from server.http import BoundedHeads
+from server.loading_bar import show_loading
 from server.metrics import Metrics
+from server.record import RequestRecord, log_request
 from server.tokenizer import Tokenizer
+from server.tracing import Tracer, check_tracing
 
 BACKLOG = 2048  # connections that wait to be accepted
 
@@ -36,8 +41,7 @@ class StartFailed(Exception):
 
 def serve(config: ServeConfig) -> None:
     """Serve until a signal comes. Raises StartFailed, or ConfigError if the configuration is refused."""
-    # Warnings and errors only: nothing of a request is logged.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(config.server.log_format, "server", requests=config.server.log_requests)
     listener = _bind(config)
     with contextlib.closing(listener), contextlib.suppress(asyncio.CancelledError):
         asyncio.run(_serve(config, listener))
@@ -45,14 +49,19 @@ def serve(config: ServeConfig) -> None:
 
 async def _serve(config: ServeConfig, listener: socket.socket) -> None:
     interruption = _Interruption()
+    ending = contextlib.ExitStack()
     keys = Keys.of(config.server)
+    check_tracing(config.server)
     folder = await _prepare_model(config.engine)
     tokenizer = _load_tokenizer(folder)
     client = EngineClient(config, on_step=lambda outputs: metrics.on_step(outputs))
     try:
         card = await client.start()
-        metrics = Metrics(config.server.served_model_name or card.name, client)
+        name = config.server.served_model_name or card.name
+        metrics = Metrics(name, client, config.server.metrics_prefix, _listeners(config.server, name, ending))
         server = http_server(build_app(client, tokenizer, config.server, metrics, keys), config.server)
+        # Parsing a large body need not look at all that was loaded: 17 ms, not 61, for 100,000 lists.
+        gc.freeze()
         interruption.stop_gracefully(server)
         announcing = asyncio.create_task(_announce(client, server, metrics.model_name, listener))
         await server.serve(sockets=[listener])
@@ -63,15 +72,34 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> None:
         raise StartFailed(error.message, 1) from error
     finally:
         await client.stop()
+        await asyncio.to_thread(ending.close)  # the last spans leave
+
+
+def _listeners(
+    config: ServerConfig, model_name: str, ending: contextlib.ExitStack
+) -> list[Callable[[RequestRecord], None]]:
+    """Who hears of every ended request; `ending` is when they must have passed it on."""
+    listeners: list[Callable[[RequestRecord], None]] = [log_request] if config.log_requests else []
+    if config.otlp_traces_endpoint is not None:
+        tracer = Tracer(config.otlp_traces_endpoint, model_name)
+        ending.callback(tracer.close)
+        listeners.append(tracer.trace)
+    return listeners
 
 
 async def _announce(client: EngineClient, server: uvicorn.Server, name: str, listener: socket.socket) -> None:
     """Print the ready line when requests are served; stop the server if that never comes."""
+    console = Console(stderr=True)
+    showing = asyncio.create_task(show_loading(client, console)) if console.is_terminal else None
     try:
         await client.wait_ready()
     except (EngineDead, ConfigError):
         server.should_exit = True
         raise
+    finally:
+        if showing is not None:
+            showing.cancel()
+            await asyncio.wait([showing])
     print(_ready_line(name, client.card, listener, secure=server.config.is_ssl), flush=True)
 
 
@@ -166,7 +194,9 @@ def _ready_line(model_name: str, card: ModelCard, listener: socket.socket, *, se
     default, *others = (plan.name for plan in card.plans)
     words = f" (others: {', '.join(others)})" if others else ""
     scheme = "https" if secure else "http"
+    cache = "" if card.cache_dtype == "auto" else f" cache={card.cache_dtype}"
     return (
         f"farspan ready: {scheme}://{host}:{port}/v1  model={model_name} plan={default}{words}"
-        f" context={card.max_model_len} pages={card.num_pages}×{card.page_bytes}B {card.dtype}/{card.device}"
+        f" context={card.max_model_len} pages={card.num_pages}×{card.page_bytes}B"
+        f" {card.dtype}/{card.device}{cache}"
     )

@@ -3,16 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.toolcalls import NoCalls, ToolCall, ToolParser
+from server.calls_in_text import MoreArguments, Part, ToolCall
+from server.toolcalls import NoCalls, ToolParser
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One part of an answer."""
+    """One part of an answer. Arguments belong to the call before them."""
 
-    kind: Literal["reasoning", "content", "call"]
+    kind: Literal["reasoning", "content", "call", "arguments"]
     text: str = ""
     call: ToolCall | None = None
 
@@ -64,10 +65,18 @@ class Speech:
         return self._parts(self.tools.feed(text))
 
     @staticmethod
-    def _parts(parts: list[str | ToolCall]) -> list[Said]:
-        return [
-            Said("call", call=part) if isinstance(part, ToolCall) else Said("content", part) for part in parts
-        ]
+    def _parts(parts: list[Part]) -> list[Said]:
+        return [_said(part) for part in parts]
+
+
+def _said(part: Part) -> Said:
+    match part:
+        case ToolCall():
+            return Said("call", call=part)
+        case MoreArguments(text=text):
+            return Said("arguments", text)
+        case _:
+            return Said("content", part)
 
 
 def _thought(text: str) -> list[Said]:

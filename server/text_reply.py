@@ -11,7 +11,7 @@ from server.completion import Piece
 from server.logprobs import TextLogprobs, joined, prompt_logprobs
 from server.prepare import Job
 from server.protocol import CompletionRequest
-from server.responses import Head, cost_json, cost_of, usage_json
+from server.responses import Head, chunk_usage, cost_json, cost_of, progress_json, usage_json
 from server.tokenizer import Tokenizer
 
 
@@ -47,27 +47,32 @@ class TextReply:
         }
 
     async def chunks(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[dict[str, Any], None]:
-        no_usage = {"usage": None} if self.request.include_usage else {}
         ids = self.request.return_token_ids
         last: dict[int, Piece] = {}  # of each choice so far
         cost: Cost | None = None
+        usage = chunk_usage(self.request, self.job, ())
         async with aclosing(pieces):
             async for piece in pieces:
+                if piece.computed is not None:
+                    progress = progress_json(self.job, piece.computed)
+                    yield self.head.json("text_completion") | progress | usage
+                    continue
                 index, first = piece.choice, piece.choice not in last
-                cost = cost or piece.cost
+                cost = piece.cost or cost
                 text, columns = await self._parts(piece, first=first)
                 more: dict[str, Any] = {"token_ids": list(piece.tokens)} if ids else {}
                 if ids and first:
                     more["prompt_token_ids"] = list(self.job.submit.tokens)
                 last[index] = piece
+                usage = chunk_usage(self.request, self.job, last.values())
                 if text or columns or any(more.values()):
-                    yield self._chunk(index, text, joined(columns), more) | no_usage
+                    yield self._chunk(index, text, joined(columns), more) | usage
                 if piece.finish_reason is not None:
                     end = self._chunk(index, "", None, {"finish_reason": piece.finish_reason.value})
-                    yield end | {"farspan": cost_json(cost)} | no_usage
+                    yield end | {"farspan": cost_json(cost)} | usage
         if self.request.include_usage:
-            usage = usage_json(self.job, *last.values())
-            yield self.head.json("text_completion") | {"choices": [], "usage": usage}
+            total = usage_json(self.job, *last.values())
+            yield self.head.json("text_completion") | {"choices": [], "usage": total}
 
     def _choice(self, index: int, one: "_Text") -> dict[str, Any]:
         assert one.last.finish_reason is not None

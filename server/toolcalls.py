@@ -1,25 +1,13 @@
 """Tool calls in what a model says: as Hermes and Qwen write them, as Llama 3 does, or forced by a grammar."""
 
-import uuid
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 
+from server.calls_in_text import At, CallReader, CallsInARow, MoreArguments, Part, ToolCall
+
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function that the model wants called."""
-
-    name: str
-    arguments: str  # JSON
-    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
-
-
-Part = str | ToolCall  # text for the reader, or a call
 
 
 class ToolParser(Protocol):
@@ -46,36 +34,42 @@ class HermesCalls:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
-        self._held = ""  # not decided: perhaps the beginning of a tag, or space before one
-        self._inside = False
+        self._held = ""  # outside of calls; not decided: perhaps the beginning of a tag, or space before one
+        self._reader: CallReader | None = None  # inside
         self._found = False
 
     def feed(self, text: str) -> list[Part]:
-        self._held += text
         parts: list[Part] = []
         while True:
-            before, tag, after = self._held.partition(_CLOSE if self._inside else _OPEN)
-            if not tag:
-                break
-            if self._inside:
-                call = _call(before, self._names)
-                parts.append(call or f"{_OPEN}{before}{_CLOSE}")
+            if self._reader is None:
+                self._held += text
+                before, tag, text = self._held.partition(_OPEN)
+                if not tag:
+                    certain = _certain(self._held, _OPEN)
+                    parts += [self._held[:certain]] if certain else []
+                    self._held = self._held[certain:]
+                    return parts
+                parts += [before.rstrip()] if before.strip() else []
+                self._held, self._reader = "", CallReader(self._names)
+            parts += self._reader.feed(text)
+            inside, tag, text = self._reader.held.partition(_CLOSE)
+            if not tag or self._reader.at is At.ARGUMENTS:
+                return parts
+            if self._reader.at is At.HEAD:
+                call = _call(inside, self._names)
                 self._found |= call is not None
-            elif before.strip():
-                parts.append(before.rstrip())
-            self._held, self._inside = after, not self._inside
-        if not self._inside:
-            certain = _certain(self._held, _OPEN)
-            if certain:
-                parts.append(self._held[:certain])
-                self._held = self._held[certain:]
-        return parts
+                parts.append(call or f"{_OPEN}{inside}{_CLOSE}")
+            else:
+                self._found = True
+            self._reader = None
 
     def flush(self) -> list[Part]:
-        held, self._held = self._held, ""
-        if not self._inside:
+        held, self._held, reader, self._reader = self._held, "", self._reader, None
+        if reader is None:
             return [held] if held.strip() or (held and not self._found) else []
-        return [_call(held, self._names) or f"{_OPEN}{held}"]  # models may stop without the last tag
+        if reader.at is not At.HEAD:
+            return []
+        return [_call(reader.held, self._names) or f"{_OPEN}{reader.held}"]  # without the last tag
 
 
 class LlamaCalls:
@@ -83,21 +77,13 @@ class LlamaCalls:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
-        self._held = ""
-        self._is_text = False
+        self._calls = CallsInARow(names, ";")
 
     def feed(self, text: str) -> list[Part]:
-        self._held += text
-        begins = self._held.lstrip()
-        if not self._is_text and begins:
-            self._is_text = begins[0] != "{"
-        if not self._is_text:
-            return []
-        held, self._held = self._held, ""
-        return [held] if held else []
+        return self._calls.feed(text)
 
     def flush(self) -> list[Part]:
-        held, self._held = self._held, ""
+        held = self._calls.take_held()
         calls = [_call(one, self._names) for one in _objects(held)]
         found = [call for call in calls if call is not None]
         if found and len(found) == len(calls):
@@ -111,19 +97,24 @@ class ForcedCalls:
     def __init__(self, names: Collection[str], named: str | None) -> None:
         self._names = names
         self._named = named
-        self._text = ""
+        self._has_begun = False
+        self._calls = CallsInARow(names, "[,]")
 
     def feed(self, text: str) -> list[Part]:
-        self._text += text
-        return []
+        if self._named is None:
+            return self._calls.feed(text)
+        if self._has_begun:
+            return [MoreArguments(text)] if text else []
+        text = text.lstrip()
+        self._has_begun = bool(text)
+        return [ToolCall(self._named, text)] if text else []
 
     def flush(self) -> list[Part]:
-        if self._named is not None:
-            return [ToolCall(self._named, self._text.strip())]
+        held = self._calls.take_held()
         try:
-            calls = [_call_of(one, self._names) for one in msgspec.json.decode(self._text)]
+            calls = [_call_of(one, self._names) for one in msgspec.json.decode(f"[{held}")] if held else []
         except (msgspec.MsgspecError, TypeError):  # cut off at the limit of the answer
-            return [self._text] if self._text else []
+            return [held]
         return [call for call in calls if call is not None]
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
+from configs.quantised import dequantise
 from sparse.base import Chunk, KeyView
+from sparse.correction import corrected
 from sparse.selection import ALL, BlockLists, Selection
 
 SCORE_ELEMS = (
@@ -45,7 +47,7 @@ def attend(
     num_listed = chunk.length - (0 if exact is None else exact.lse.shape[1])  # the exact rows need no work
     listed = _attend_lists(q[:, :num_listed], chunk.start, keys, selection, scale, features)
     if exact is None:
-        return listed
+        return Attended(*corrected(listed.out, listed.lse, q, chunk, selection, scale, features))
     out = torch.cat([listed.out, exact.out.to(q.dtype)], dim=1)
     return Attended(out, torch.cat([listed.lse, exact.lse], dim=1))
 
@@ -112,7 +114,10 @@ def _attend_own_pages(
     padded = q.new_zeros(num_heads, blocks.shape[0] * PAGE_SIZE, head_dim)
     padded[:, rows] = q
     by_page = padded.view(num_kv_heads, -1, blocks.shape[0], PAGE_SIZE, head_dim).transpose(1, 2)
-    k, v = keys.k_pool[pages.clamp_min(0)], keys.v_pool[pages.clamp_min(0)]  # [Hkv, R, 64, D]
+    ids = pages.clamp_min(0)
+    k, v = keys.k_pool[ids], keys.v_pool[ids]  # [Hkv, R, 64, D]
+    if keys.k_scales is not None and keys.v_scales is not None:
+        k, v = dequantise(k, keys.k_scales[ids], q.dtype), dequantise(v, keys.v_scales[ids], q.dtype)
     # What was never written or is dropped may hold anything, and 0 * NaN is NaN.
     positions = blocks[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=q.device)
     v = v.masked_fill((positions >= start + length)[..., None] | (pages < 0)[..., None, None], 0)
@@ -188,7 +193,9 @@ class _PastReader:
     """Copies the listed keys before a page of rows out of the pool. The lists' lengths go to the host."""
 
     def __init__(self, keys: KeyView, selection: Selection, start: int) -> None:
-        self.k_pool, self.v_pool = keys.k_pool, keys.v_pool
+        self.dtype = keys.dtype
+        self.k_pool, self.k_scales = keys.k_pool, keys.k_scales
+        self.v_pool, self.v_scales = keys.v_pool, keys.v_scales
         self.table = keys.pages[:, : -(-keys.num_tokens // PAGE_SIZE)].long()
         self.any_dropped = bool((self.table < 0).any())
         self.query_block = selection.query_block
@@ -214,7 +221,8 @@ class _PastReader:
         if self.any_dropped:
             blocks, pages, tokens = blocks[pages >= 0], pages[pages >= 0], tokens[tokens >= 0]
         positions = (blocks[:, None] * PAGE_SIZE + self.offsets).flatten()
-        return self._copy(self.k_pool, pages, tokens), self._copy(self.v_pool, pages, tokens), positions
+        k = self._read(self.k_pool, self.k_scales, pages, tokens)
+        return k, self._read(self.v_pool, self.v_scales, pages, tokens), positions
 
     def _tokens(self, head: int, kv_head: int, query_block: int) -> Tensor:
         """Places of the gathered keys in the flattened pool, negative where dropped: [n] int64."""
@@ -224,8 +232,15 @@ class _PastReader:
         positions = (units[:, None] * self.units.unit + self.offsets[: self.units.unit]).flatten()
         return self.table[kv_head, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
 
-    def _copy(self, pool: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
+    def _read(self, pool: Tensor, scales: Tensor | None, pages: Tensor, tokens: Tensor) -> Tensor:
         """Whole pages, then single tokens: [64 * pages + tokens, D]."""
+        copy = self._copy(pool, pages, tokens)
+        if scales is None:
+            return copy
+        return dequantise(copy, self._copy(scales.unsqueeze(-1), pages, tokens).squeeze(-1), self.dtype)
+
+    def _copy(self, pool: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
+        """As they lie in a pool [num_pages, 64, D]."""
         if tokens.shape[0] == 0:
             return pool.index_select(0, pages).flatten(0, 1)
         num_paged = pages.shape[0] * PAGE_SIZE

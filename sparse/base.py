@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from configs.model import ModelInfo
+from configs.rotation import Rotation
 from sparse.selection import Selection
 
 if TYPE_CHECKING:
@@ -30,8 +32,24 @@ class KeyView(Protocol):
         """[num_pages, PAGE_SIZE, D]."""
 
     @property
+    def k_scales(self) -> Tensor | None:
+        """[num_pages, PAGE_SIZE] float32 where the pools hold codes (configs/quantised.py), else None."""
+
+    @property
+    def v_scales(self) -> Tensor | None:
+        """[num_pages, PAGE_SIZE]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values once they are read."""
+
+    @property
     def pages(self) -> Tensor:
         """[Hkv, P] int32 page ids by logical block, -1 = dropped."""
+
+    @property
+    def has_holes(self) -> bool:
+        """Was a page of this layer dropped? Known on the host."""
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
         """Keys and values, [Hkv, N, D] each, gathered once per layer call; zeros where pages are dropped."""
@@ -45,16 +63,6 @@ class StateRegistry(Protocol):
 
     def slot_state(self, name: str, shape: tuple[int, ...]) -> None:
         """One tensor of this shape per slot, zeroed when the slot is taken."""
-
-
-class Rotation(Protocol):
-    """RoPE of one layer, static: the same for a position in every sequence."""
-
-    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [H, T, D] before RoPE, positions [T] -> [H, T, D] after."""
-
-    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [H, T, D] after RoPE, positions [T] -> [H, T, D] before."""
 
 
 def _no_pre_rope() -> tuple[Tensor, Tensor]:

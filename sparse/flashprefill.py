@@ -34,6 +34,7 @@ class FlashPrefill:
     sink: int = 64  # first keys that are always read
     window: int = 256  # nearest keys that are always read
     last_rows_dense: int = 128  # last rows of a prompt that read everything
+    correct_means: bool = False  # pages left out count by their mean key and value
     grid = False
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class FlashPrefill:
         rivals = energy.masked_fill(forced, float("-inf")) if self.relative_to == "unforced" else energy
         least = rivals.amax(-1, keepdim=True) + (math.log(self.alpha) if self.alpha else float("-inf"))
         pages = ((energy >= least) & scored) | forced
-        return read_pages(pages, chunk, self.last_rows_dense)
+        return read_pages(pages, chunk, self.last_rows_dense, keys if self.correct_means else None)
 
 
 def log_energy(q: Tensor, mean_k: Tensor, chunk: Chunk, *, scale: float) -> Tensor:

@@ -35,8 +35,14 @@ def intersect(selection: Selection, mask: Tensor, chunk: Chunk) -> Selection:
     if gathered is not None:
         half = query_page * PAGE_SIZE % selection.query_block // PAGE_SIZE  # [B] page within its query block
         gathered = _filter(gathered, block, half, mask & ~read_all)
+    correction = selection.correction
+    if correction is not None:
+        left_out = correction.left_out.repeat_interleave(heads_each, dim=0) & mask & ~read_all
+        correction = replace(correction, left_out=left_out)
     pages = lists_from_mask((listed | read_all) & mask, PAGE_SIZE)
-    return replace(selection, query_block=PAGE_SIZE, pages=pages, gathered=gathered, exact=None)
+    return replace(
+        selection, query_block=PAGE_SIZE, pages=pages, gathered=gathered, exact=None, correction=correction
+    )
 
 
 def _filter(lists: BlockLists, block: Tensor, half: Tensor, allowed: Tensor) -> BlockLists:

@@ -32,6 +32,7 @@ class MeanPool:
     sink: int = 64  # first keys that are always read
     window: int = 64  # nearest keys that are always read
     last_rows_dense: int = 0  # last rows of a prompt that read everything
+    correct_means: bool = False  # pages left out count by their mean key and value
     grid = False
 
     def __post_init__(self) -> None:
@@ -61,4 +62,4 @@ class MeanPool:
         allowed = allowed.expand(scores.shape).flatten(0, 1)  # [Hq, B, P]
         forced = forced_pages(self.sink, self.window, block_page, num_pages)
         pages = pages_with_mass(mass, forced, allowed, self.threshold, self.top_k)
-        return read_pages(pages, chunk, self.last_rows_dense)
+        return read_pages(pages, chunk, self.last_rows_dense, keys if self.correct_means else None)

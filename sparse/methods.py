@@ -1,5 +1,6 @@
 """Prefill methods by the name that a plan calls them."""
 
+from configs.plugins import Plugins
 from sparse.base import PrefillMethod
 from sparse.dense import Dense
 from sparse.flashprefill import FlashPrefill
@@ -10,13 +11,17 @@ from sparse.minference import MInference
 from sparse.seerattention import SeerAttention
 from sparse.xattention import XAttention
 
-PREFILL_METHODS: dict[str, type[PrefillMethod]] = {
-    "dense": Dense,
-    "minference": MInference,
-    "mean_pool": MeanPool,
-    "xattention": XAttention,
-    "flashprefill": FlashPrefill,
-    "flexprefill": FlexPrefill,
-    "hip": HiP,
-    "seerattention": SeerAttention,
-}
+PREFILL_METHODS = Plugins[PrefillMethod](
+    "farspan.prefill_methods",
+    PrefillMethod,
+    {
+        "dense": Dense,
+        "minference": MInference,
+        "mean_pool": MeanPool,
+        "xattention": XAttention,
+        "flashprefill": FlashPrefill,
+        "flexprefill": FlexPrefill,
+        "hip": HiP,
+        "seerattention": SeerAttention,
+    },
+)

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from configs.model import PAGE_SIZE
-from sparse.base import Chunk
+from sparse.base import Chunk, KeyView
+from sparse.correction import mean_correction
 from sparse.selection import ALL, Selection, dense, lists_from_mask
 
 
@@ -45,9 +46,15 @@ def pages_with_mass(mass: Tensor, forced: Tensor, allowed: Tensor, share: float,
     return torch.zeros_like(wanted).scatter_(-1, order, wanted) | forced
 
 
-def read_pages(pages: Tensor, chunk: Chunk, last_rows_dense: int) -> Selection:
-    """The selection of pages [H, B, P] bool; blocks with the last rows of the prompt read everything."""
-    selection = Selection(PAGE_SIZE, lists_from_mask(pages, PAGE_SIZE))
+def read_pages(
+    pages: Tensor, chunk: Chunk, last_rows_dense: int, means_of: KeyView | None = None
+) -> Selection:
+    """The selection of pages [H, B, P] bool; blocks with the last rows of the prompt read everything.
+
+    With `means_of`, the others count by the means of these keys and values.
+    """
+    correction = None if means_of is None else mean_correction(pages, means_of, chunk)
+    selection = Selection(PAGE_SIZE, lists_from_mask(pages, PAGE_SIZE), correction=correction)
     return with_last_rows_dense(selection, chunk, last_rows_dense)
 
 

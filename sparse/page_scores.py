@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from configs.model import PAGE_SIZE
+from configs.quantised import dequantise
 from sparse.base import Chunk, KeyView
 
 SCORE_ELEMS = 1 << 23  # scores held at once: 32 MiB in fp32, whatever the prompt's length
@@ -21,11 +22,19 @@ def key_pages(keys: KeyView, num_tokens: int) -> Tensor:
 
     Copies keys alone: `contiguous` would copy the values, too.
     """
+    return _pages_of(keys, keys.k_pool, keys.k_scales, num_tokens)
+
+
+def _pages_of(keys: KeyView, pool: Tensor, scales: Tensor | None, num_tokens: int) -> Tensor:
+    """The first num_tokens keys or values by page: [Hkv, P, 64, D]. Zeros behind the last."""
     num_pages = -(-num_tokens // PAGE_SIZE)
     ids = keys.pages[:, :num_pages].clamp_min(0)
-    k = keys.k_pool.index_select(0, ids.flatten()).view(*ids.shape, PAGE_SIZE, -1)
-    k[:, -1, num_tokens - (num_pages - 1) * PAGE_SIZE :] = 0
-    return k
+    x = pool.index_select(0, ids.flatten())
+    if scales is not None:
+        x = dequantise(x, scales.index_select(0, ids.flatten()), keys.dtype)
+    x = x.view(*ids.shape, PAGE_SIZE, -1)
+    x[:, -1, num_tokens - (num_pages - 1) * PAGE_SIZE :] = 0
+    return x
 
 
 def held_pages(keys: KeyView, num_tokens: int) -> Tensor:
@@ -35,9 +44,18 @@ def held_pages(keys: KeyView, num_tokens: int) -> Tensor:
 
 def mean_keys(keys: KeyView, num_tokens: int) -> Tensor:
     """The mean key of each page, over the tokens there are: [Hkv, P, D] float32 (float64 if keys are)."""
-    k = key_pages(keys, num_tokens)
-    sums = k.sum(2, dtype=torch.promote_types(k.dtype, torch.float32))
-    first = PAGE_SIZE * torch.arange(k.shape[1], device=k.device)
+    return _means(key_pages(keys, num_tokens), num_tokens)
+
+
+def mean_values(keys: KeyView, num_tokens: int) -> Tensor:
+    """The mean value of each page, over the tokens there are: [Hkv, P, D] float32 (float64 if values are)."""
+    return _means(_pages_of(keys, keys.v_pool, keys.v_scales, num_tokens), num_tokens)
+
+
+def _means(x: Tensor, num_tokens: int) -> Tensor:
+    """x [Hkv, P, 64, D], zeros behind the last token -> [Hkv, P, D]."""
+    sums = x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
+    first = PAGE_SIZE * torch.arange(x.shape[1], device=x.device)
     return sums / (num_tokens - first).clamp_max(PAGE_SIZE)[:, None]
 
 

@@ -118,14 +118,21 @@ def causal_cells(chunk: Chunk, num_query_heads: int, window: int | None = None) 
 
 
 def read_cells(selection: Selection, chunk: Chunk, num_query_heads: int, window: int | None = None) -> Tensor:
-    """(query, key) pairs that a selection computes for a chunk, over all heads: 0-d int64. No host sync.
+    """(query, key) pairs that a selection computes for a chunk, over all heads: 0-d int64. No host sync."""
+    return read_cells_by_head(selection, chunk, num_query_heads, window).sum()
+
+
+def read_cells_by_head(
+    selection: Selection, chunk: Chunk, num_query_heads: int, window: int | None = None
+) -> Tensor:
+    """(query, key) pairs that a selection computes for a chunk: [Hq] int64. No host sync.
 
     Counted at the tiles: every key of a listed page or unit that a row may see, wanted or not. Exact rows
     count as dense, since their estimator read every key. A layer with a window is read densely within it.
     """
     device = selection.pages.counts.device
     if selection.is_dense:
-        return torch.tensor(causal_cells(chunk, num_query_heads, window), device=device)
+        return torch.full((num_query_heads,), causal_cells(chunk, 1, window), device=device)
     assert window is None, window
     num_exact = 0 if selection.exact is None else selection.exact.lse.shape[1]
     visible = chunk.start + 1 + torch.arange(chunk.length, device=device)  # [Tq] keys that each row may see
@@ -142,6 +149,8 @@ def read_cells(selection: Selection, chunk: Chunk, num_query_heads: int, window:
             cells += torch.where(counts >= place, (listed - PAGE_SIZE * page).clamp(0, PAGE_SIZE), 0)
     if selection.gathered is not None:
         cells += selection.gathered.unit * selection.gathered.counts[:, blocks]
+    if selection.correction is not None:  # a mean is read as one key
+        cells += selection.correction.left_out.sum(-1)[:, blocks]
     cells = torch.where(counts == ALL, listed, cells)
     shared_by = num_query_heads // lists.num_heads
-    return shared_by * cells.sum() + num_query_heads * visible[chunk.length - num_exact :].sum()
+    return cells.sum(-1).repeat_interleave(shared_by) + visible[chunk.length - num_exact :].sum()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
-from sparse.base import Chunk, KeyView, Rotation, StateRegistry
+from configs.rotation import Rotation
+from sparse.base import Chunk, KeyView, StateRegistry
 from sparse.gate_files import Gate, read_gates
 from sparse.page_rules import check_range, forced_pages, read_pages, visible_pages
 from sparse.page_scores import block_pages, held_pages, key_pages
@@ -27,6 +28,7 @@ class SeerAttention:
     threshold: float | None = 5e-4  # pages with more of the gate's softmax than this are read
     ratio: float | None = None  # or this share of the pages up to the row, the best ones
     last_rows_dense: int = 128  # last rows of a prompt that read everything
+    correct_means: bool = False  # pages left out count by their mean key and value
     layers: list[Gate] = field(init=False, repr=False, compare=False, default_factory=list)  # [L]
     grid = False
 
@@ -65,7 +67,9 @@ class SeerAttention:
             rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
             kept = rank < torch.ceil(self.ratio * (block_page + 1))[:, None]
         forced = forced_pages(1, 1, block_page, held.shape[1])
-        return read_pages((kept & allowed) | forced, chunk, self.last_rows_dense)
+        return read_pages(
+            (kept & allowed) | forced, chunk, self.last_rows_dense, keys if self.correct_means else None
+        )
 
     def _gate(self, layer: int, device: torch.device) -> Gate:
         """The gate of a layer, moved to the device when it is first used."""
@@ -96,14 +100,17 @@ def pooled_keys(k: Tensor, num_tokens: int, rotation: Rotation | None) -> Tensor
 def gate_scores(
     gate: Gate, mean_q: Tensor, pooled_k: Tensor, block_page: Tensor, rotation: Rotation | None
 ) -> Tensor:
-    """Logits of the gate: [Hq, B, P] float32. mean_q [Hq, B, D], pooled_k [Hkv, P, 3 D], before RoPE."""
-    num_heads, group = mean_q.shape[0], mean_q.shape[0] // pooled_k.shape[0]
+    """Logits of the gate: [Hq, B, P] float32. mean_q [Hq, B, D], pooled_k [Hkv, P, 3 D], before RoPE.
+
+    Pieces of text may stand side by side, as a first axis of all three.
+    """
+    num_heads, num_kv_heads, head_dim = mean_q.shape[-3], pooled_k.shape[-3], mean_q.shape[-1]
     if gate.k.shape[0] == num_heads:
-        pooled_k = pooled_k.repeat_interleave(group, 0)
+        pooled_k = pooled_k.repeat_interleave(num_heads // num_kv_heads, -3)
     k = pooled_k @ gate.k  # [H, P, D]
     q = mean_q.float() if gate.q is None else mean_q.float() @ gate.q
     if rotation is not None:
-        starts = PAGE_SIZE * torch.arange(k.shape[1], device=k.device)
+        starts = PAGE_SIZE * torch.arange(k.shape[-2], device=k.device)
         q, k = rotation.apply(q, PAGE_SIZE * block_page), rotation.apply(k, starts)
-    k = k.repeat_interleave(num_heads // k.shape[0], 0)
-    return torch.bmm(q, k.mT) / float(q.shape[2] ** 0.5)
+    k = k.repeat_interleave(num_heads // k.shape[-3], -3)
+    return q @ k.mT / float(head_dim**0.5)

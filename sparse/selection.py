@@ -44,6 +44,15 @@ class ExactRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """Pages that a selection leaves out, each to count as 64 times its mean key and value."""
+
+    k: Tensor  # [Hkv, P, D] float32
+    v: Tensor  # [Hkv, P, D] float32
+    left_out: Tensor  # [H, B, P] bool: full pages before a query block; H as that of the lists
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """The keys that a chunk's queries read. Parts never overlap; both are causal at unit granularity.
 
@@ -56,6 +65,7 @@ class Selection:
     pages: BlockLists  # unit PAGE_SIZE, logical block ids
     gathered: BlockLists | None = None  # unit 1, 8 or 16, logical unit ids; same head axis as pages
     exact: ExactRows | None = None
+    correction: Correction | None = None  # not where the pages of a query block are ALL
     estimator_rows: int = 0  # last rows seen by an estimator or forced dense: not for judging
 
     def __post_init__(self) -> None:
@@ -64,6 +74,8 @@ class Selection:
         if self.gathered is not None:
             assert self.gathered.unit in (1, 8, 16), self.gathered.unit
             assert self.gathered.num_heads == self.pages.num_heads
+        if self.correction is not None:  # a page of which units were gathered has another mean
+            assert self.gathered is None and self.exact is None and self.query_block == PAGE_SIZE
 
     @property
     def is_dense(self) -> bool:

@@ -43,6 +43,7 @@ class XAttention:
     sink: int = 64  # first keys that are always read
     window: int = 64  # nearest keys that are always read
     last_rows_dense: int = 0  # last rows of a prompt that read everything
+    correct_means: bool = False  # pages left out count by their mean key and value
     grid = False
 
     def __post_init__(self) -> None:
@@ -68,7 +69,7 @@ class XAttention:
         allowed = visible_pages(block_page, num_pages) & held.repeat_interleave(group, 0)[:, None]
         forced = forced_pages(self.sink, self.window, block_page, num_pages)
         pages = pages_with_mass(mass, forced, allowed, self.threshold, most=None)
-        return read_pages(pages, chunk, self.last_rows_dense)
+        return read_pages(pages, chunk, self.last_rows_dense, keys if self.correct_means else None)
 
 
 def antidiagonal_mass(

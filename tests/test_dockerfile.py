@@ -77,7 +77,14 @@ def test_it_runs_as_nobody_special_and_keeps_models_in_a_volume() -> None:
     uid = re.search(r"useradd .*--uid (\d+)", TEXT)
     assert uid and int(uid[1]) > 0
     assert instructions("VOLUME") == ["/data"]
-    assert all(value.startswith("/data/") for value in re.findall(r"(?:HF_HOME|FARSPAN_CACHE)=(\S+)", TEXT))
+    folders = re.findall(r"(?:HF_HOME|FARSPAN_CACHE|TRITON_CACHE_DIR)=(\S+)", TEXT)
+    assert len(folders) == 3 and all(value.startswith("/data/") for value in folders)
+
+
+def test_the_image_is_for_cpu_unless_the_other_is_asked_for() -> None:
+    stages = [line.split() for line in instructions("FROM")]
+    assert [stage[-1] for stage in stages] == ["base", "cuda", "cpu"], "the last is what a plain build makes"
+    assert {stage[0] for stage in stages[1:]} == {"base"}
 
 
 def test_health_is_asked_where_it_is_answered() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from configs.loading import load_config, load_plan
 from configs.model import ModelInfo
 from configs.schema import ServeConfig
 from engine.plans import resolve_plan
-from kvcache.decode import DECODE_METHODS
+from kvcache.decode_methods import DECODE_METHODS
 from kvcache.policies import KV_POLICIES
 from server.cli import app
 from server.metrics import Metrics
@@ -74,6 +75,14 @@ def command(*names: str) -> Any:
     return found
 
 
+def commands(group: Any = None) -> Iterator[Any]:
+    """Every command of `farspan`, and what has them."""
+    group = group or command()
+    yield group
+    for found in getattr(group, "commands", {}).values():
+        yield from commands(found)
+
+
 def flags(found: Any) -> set[str]:
     return {name for option in found.params if option.param_type_name == "option" for name in option.opts}
 
@@ -114,9 +123,11 @@ def test_files_targets_flags_and_links_of_a_page_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert not set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE)) - targets
-    commands = (["serve"], ["plan", "check"], ["plan", "matrix"])
-    known = {flag for names in commands for flag in flags(command(*names))}
-    assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - known
+    known = {"--help"} | {flag for found in commands() for flag in flags(found)}
+    ours = re.sub(
+        r"^ {4}(?!farspan ).*$", "", text, flags=re.MULTILINE
+    )  # other programs have flags of theirs
+    assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours)) - known
     for target in re.findall(r"\]\(([^)]+)\)", text):
         file, _, anchor = target.partition("#")
         found = (page.parent / file) if file else page
@@ -125,6 +136,41 @@ def test_files_targets_flags_and_links_of_a_page_exist(page: Path) -> None:
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
     named = re.findall(r"`((?:configs|sparse|kvcache|engine|server|tests|docs|examples)/[\w./-]+)`", text)
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def written_commands(page: Path) -> Iterator[str]:
+    """Commands of ours that a page tells people to type: in blocks, and between backticks."""
+    text = page.read_text()
+    lines = [
+        line
+        for language in ("sh", "bash", "console")
+        for block in blocks(page, language)
+        for line in block.splitlines()
+    ]
+    lines += re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+ [^`\n]+)`", text)
+    for line in lines:
+        for part in re.split(r" \| | && ", re.sub(r"\s+#.*|\s*<.*", "", line)):
+            if re.match(r"(farspan|python -m (benchmarks|engine|sparse|kvcache|configs))[ .]", part):
+                yield re.sub(r"\s*\[[^]]*\]", "", part).strip()  # what is optional is not typed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_can_be_parsed(page: Path) -> None:
+    for written in written_commands(page):
+        words = shlex.split(written)
+        if words[0] == "python":
+            _, _, module, *rest = words
+            source = ROOT.joinpath(*module.split("."))
+            file = source.with_suffix(".py") if source.with_suffix(".py").exists() else source / "__main__.py"
+            assert file.exists(), written
+            assert all(flag in file.read_text() for flag in rest if flag.startswith("--")), written
+            continue
+        found = command()
+        while hasattr(found, "commands") and words[1:] and not words[1].startswith("-"):
+            assert words[1] in found.commands, written
+            found, words = found.commands[words[1]], words[1:]
+        if not hasattr(found, "commands") and words[1:] and "..." not in words:
+            found.make_context(words[0], words[1:])  # exits with an error if it cannot be parsed
 
 
 def test_functions_that_check_invariants_exist() -> None:

@@ -22,6 +22,7 @@ from engine.models import info_of
 from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
+from engine.startup import page_dtype_for
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
 from sparse.gate_files import Gate, write_gates
@@ -179,6 +180,7 @@ class TinyEngine:
         self.cache.check()
         usage = self.cache.usage()
         assert usage.free + usage.cached == self.cache.pool.num_pages
+        assert self.cache.promises.total == self.cache.promises.covered == 0
 
 
 def tiny_engine(
@@ -189,6 +191,9 @@ def tiny_engine(
     kernels: Kernels | None = None,
     grammars: Grammars | None = None,
     share_prefixes: bool = False,
+    cache_dtype: str = "auto",
+    host_pages: int = 0,
+    host_columns: int = 0,
     **scheduling: Any,
 ) -> TinyEngine:
     """An engine in this process, around a tiny model, with room for a few sequences."""
@@ -197,17 +202,19 @@ def tiny_engine(
     network.set_attn_implementation(attention.IMPLEMENTATION)
     model = info_of(network.config, "tiny", network.config.max_position_embeddings)
     states = StateRegistry()
-    resolved = resolve_plans(list(plans) or [plan()], model, states)
+    resolved = resolve_plans(list(plans) or [plan()], model, states, cache_dtype=cache_dtype)
     config = SchedulerConfig(**scheduling)
     device = torch.device("cpu")
-    kernels = kernels or kernels_for(device)
+    page_dtype = page_dtype_for(cache_dtype, "cpu")
+    kernels = kernels or kernels_for(device, page_dtype)
     cache = KVCache(
         model,
-        CacheSize(num_pages, config.max_num_seqs, max_length),
+        CacheSize(num_pages, config.max_num_seqs, max_length, host_pages, host_columns),
         dtype=torch.float32,
         device=device,
         states=states,
         moves=kernels.moves,
+        page_dtype=page_dtype,
     )
     runner = ModelRunner(network, cache, kernels, device)
     scheduler = Scheduler(config, cache)

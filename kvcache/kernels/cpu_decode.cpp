@@ -1,7 +1,9 @@
 // Decode attention on CPU: one query token per sequence over the pages its rows hold, bound by reading them once.
 //
 // A row (sequence, KV head) is cut into pieces of PIECE tokens, always at the same places, so that threads share a
-// long row and a result depends on neither batch mates nor threads. The G query heads of a row read a page together.
+// long row and a result depends on neither batch mates nor threads. The G query heads of a row read a tile of PAGE_SIZE
+// tokens together: a page or, where a selection says what is read, the next units that it names. A selection of all
+// that a row holds computes what no selection does, bit for bit.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -14,6 +16,8 @@ namespace {
 using namespace farspan;
 
 constexpr int64_t PIECE = 4 * PAGE_SIZE;
+constexpr int UNIT = 16;  // tokens that always lie side by side
+constexpr int TILE_UNITS = PAGE_SIZE / UNIT;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int KEYS = 4;   // keys scored together, and
 constexpr int HEADS = 3;  // query heads: 4 x 3 sums and 4 vectors of keys fill the registers of AVX2
@@ -24,20 +28,39 @@ extern "C" struct DecodeCall {  // mirrored in cpu.py
   const float* q;               // [B][Hq][D], scaled by scale * log2(e)
   const void* k_pool;           // [num_pages][PAGE_SIZE][D]
   const void* v_pool;
+  const float* k_scales;        // [num_pages][PAGE_SIZE] of codes, else null
+  const float* v_scales;
   const int32_t* pages;         // [B][Hkv][row_pages]
   const int32_t* held;          // [B][Hkv]
   const float* sinks;           // [Hq] natural log, or null
+  const int32_t* unit_ids;      // [B][Hkv][row_units] of units of `unit` tokens, ascending
+  const int32_t* unit_counts;   // [B][Hkv]; null = all is read
   float* out;                   // [B][Hq][D]
   int64_t num_rows, num_kv_heads, group_size, head_dim, row_pages;  // num_rows = B * Hkv
-  int64_t window;               // the last tokens of a row that are read, 0 = all
+  int64_t row_units, unit;      // unit is UNIT or PAGE_SIZE
+  int64_t window;               // the last tokens of a row that are read, 0 = all; not with a selection
   float softcap;                // 0 = none
-  int32_t pool_is_bf16, num_threads;
+  int32_t pool_type, num_threads;
 };
 
 namespace {
 
-struct Piece {
+struct Piece {  // counted in the tokens that the row reads
   int64_t row, first, num_tokens;
+};
+
+// Which keys of a tile count: [first, end).
+struct Keys {
+  int first, end;
+};
+
+// Where the units of a tile begin.
+template <typename Element>
+struct Tile {
+  const Element* k[TILE_UNITS];
+  const Element* v[TILE_UNITS];
+  const float* k_scales[TILE_UNITS];  // of codes
+  const float* v_scales[TILE_UNITS];
 };
 
 // scores [HEAD_COUNT][PAGE_SIZE] of KEYS keys. q [HEAD_COUNT][D], k [KEYS][D]
@@ -58,30 +81,41 @@ inline void score_keys(const float* q, const Element* k, int64_t head_dim, float
     for (int i = 0; i < KEYS; ++i) scores[g * PAGE_SIZE + i] = sum_of(sums[g][i]);
 }
 
-// out [HEAD_COUNT][D] += weights [HEAD_COUNT][PAGE_SIZE] times v [num_keys][D], VECTORS vectors of D.
+// out [HEAD_COUNT][D] += weights [HEAD_COUNT][PAGE_SIZE] times the values of a tile, VECTORS vectors of D from `d` on.
 template <int HEAD_COUNT, int VECTORS, typename Element>
-inline void add_columns(const float* weights, const Element* v, int num_keys, int64_t head_dim, float* out) {
+inline void add_columns(const float* weights, const Tile<Element>& tile, Keys keys, int64_t d, int64_t head_dim,
+                        float* out) {
   Floats sums[HEAD_COUNT][VECTORS];
   for (int g = 0; g < HEAD_COUNT; ++g)
-    for (int j = 0; j < VECTORS; ++j) sums[g][j] = load(out + g * head_dim + j * LANES);
-  for (int key = 0; key < num_keys; ++key) {
-    Floats values[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) values[j] = held(load(v + key * head_dim + j * LANES));
-    for (int g = 0; g < HEAD_COUNT; ++g) {
-      const Floats weight = splat(weights[g * PAGE_SIZE + key]);
-      for (int j = 0; j < VECTORS; ++j) sums[g][j] += weight * values[j];
+    for (int j = 0; j < VECTORS; ++j) sums[g][j] = load(out + g * head_dim + d + j * LANES);
+  for (int key = keys.first; key < keys.end;) {
+    const int unit = key / UNIT, end = std::min((unit + 1) * UNIT, keys.end);
+    const Element* v = tile.v[unit] + key % UNIT * head_dim + d;
+    for (; key < end; ++key, v += head_dim) {
+      Floats values[VECTORS];
+      for (int j = 0; j < VECTORS; ++j) values[j] = held(load(v + j * LANES));
+      for (int g = 0; g < HEAD_COUNT; ++g) {
+        const Floats weight = splat(weights[g * PAGE_SIZE + key]);
+        for (int j = 0; j < VECTORS; ++j) sums[g][j] += weight * values[j];
+      }
     }
   }
   for (int g = 0; g < HEAD_COUNT; ++g)
-    for (int j = 0; j < VECTORS; ++j) store(out + g * head_dim + j * LANES, sums[g][j]);
+    for (int j = 0; j < VECTORS; ++j) store(out + g * head_dim + d + j * LANES, sums[g][j]);
 }
 
 template <int HEAD_COUNT, typename Element>
-void add_values(const float* weights, const Element* v, int num_keys, int64_t head_dim, float* out) {
+void add_values(const float* weights, const Tile<Element>& tile, Keys keys, int64_t head_dim, float* out) {
   constexpr int64_t COLUMNS = 4 * LANES;
   int64_t d = 0;
-  for (; d + COLUMNS <= head_dim; d += COLUMNS) add_columns<HEAD_COUNT, 4>(weights, v + d, num_keys, head_dim, out + d);
-  for (; d < head_dim; d += LANES) add_columns<HEAD_COUNT, 1>(weights, v + d, num_keys, head_dim, out + d);
+  for (; d + COLUMNS <= head_dim; d += COLUMNS) add_columns<HEAD_COUNT, 4>(weights, tile, keys, d, head_dim, out);
+  for (; d < head_dim; d += LANES) add_columns<HEAD_COUNT, 1>(weights, tile, keys, d, head_dim, out);
+}
+
+// Scores or weights [PAGE_SIZE] over codes become those over what they mean: one product a token, not one a number.
+inline void apply(const float* const* scales, float* scores) {
+  for (int key = 0; key < PAGE_SIZE; key += LANES)
+    store(scores + key, load(scores + key) * load(scales[key / UNIT] + key % UNIT));
 }
 
 // Caps one head's scores [PAGE_SIZE], log2.
@@ -89,11 +123,6 @@ void cap(float* scores, float softcap) {
   for (int key = 0; key < PAGE_SIZE; key += LANES)
     store(scores + key, softcap * LOG2_E * tanh_of_half(load(scores + key) * (2 / softcap)));
 }
-
-// Which keys of a page count: [first, end).
-struct Keys {
-  int first, end;
-};
 
 // Online softmax of one head's scores [PAGE_SIZE], log2: weights in place.
 void to_weights(float* scores, Keys keys, int64_t head_dim, float& top, float& total, float* out) {
@@ -141,37 +170,69 @@ inline void fetch(const Element* from, int64_t count) {
 }
 
 template <int HEAD_COUNT, typename Element>
-void attend_page(const Heads& heads, const Element* k, const Element* v, Keys keys, int64_t head_dim, float softcap) {
+void attend_tile(const Heads& heads, const Tile<Element>& tile, Keys keys, int64_t head_dim, float softcap) {
   alignas(64) float scores[HEAD_COUNT * PAGE_SIZE];
-  const int whole = keys.first / KEYS * KEYS;
-  for (int key = whole; key < keys.end; key += KEYS) {  // and a few at either end that do not count
-    fetch(v + key * head_dim, KEYS * head_dim);
-    score_keys<HEAD_COUNT>(heads.q, k + key * head_dim, head_dim, scores + key);
+  for (int key = keys.first / KEYS * KEYS; key < keys.end;) {  // and a few at either end that do not count
+    const int unit = key / UNIT, end = std::min((unit + 1) * UNIT, keys.end);
+    const int64_t offset = key % UNIT * head_dim;
+    const Element *k = tile.k[unit] + offset, *v = tile.v[unit] + offset;
+    for (; key < end; key += KEYS, k += KEYS * head_dim, v += KEYS * head_dim) {
+      fetch(v, KEYS * head_dim);
+      score_keys<HEAD_COUNT>(heads.q, k, head_dim, scores + key);
+    }
   }
   for (int g = 0; g < HEAD_COUNT; ++g) {
+    if constexpr (IS_CODE<Element>) apply(tile.k_scales, scores + g * PAGE_SIZE);
     if (softcap > 0) cap(scores + g * PAGE_SIZE, softcap);
     to_weights(scores + g * PAGE_SIZE, keys, head_dim, heads.top[g], heads.total[g], heads.out + g * head_dim);
+    if constexpr (IS_CODE<Element>) apply(tile.v_scales, scores + g * PAGE_SIZE);
   }
-  add_values<HEAD_COUNT>(scores + keys.first, v + keys.first * head_dim, keys.end - keys.first, head_dim, heads.out);
+  add_values<HEAD_COUNT>(scores, tile, keys, head_dim, heads.out);
+}
+
+// The tokens that a row reads.
+int64_t num_read(const DecodeCall& call, int64_t row) {
+  if (!call.unit_counts) return call.held[row];
+  const int64_t count = call.unit_counts[row];
+  if (!count) return 0;
+  const int64_t end = (call.unit_ids[row * call.row_units + count - 1] + 1) * call.unit;
+  return count * call.unit - std::max<int64_t>(0, end - call.held[row]);  // only the newest unit is not full
+}
+
+// The tile that begins at token `first` of those that a row reads; units that hold none of them repeat the last one.
+template <typename Element>
+Tile<Element> tile_at(const DecodeCall& call, int64_t row, int64_t first, int64_t end) {
+  Tile<Element> tile;
+  for (int i = 0; i < TILE_UNITS; ++i) {
+    int64_t place = std::min(first + i * UNIT, (end - 1) / UNIT * UNIT);
+    if (call.unit_counts) place = call.unit_ids[row * call.row_units + place / call.unit] * call.unit + place % call.unit;
+    const int64_t page = call.pages[row * call.row_pages + place / PAGE_SIZE];
+    const int64_t token = page * PAGE_SIZE + place % PAGE_SIZE;
+    tile.k[i] = static_cast<const Element*>(call.k_pool) + token * call.head_dim;
+    tile.v[i] = static_cast<const Element*>(call.v_pool) + token * call.head_dim;
+    if constexpr (IS_CODE<Element>) {
+      tile.k_scales[i] = call.k_scales + token;
+      tile.v_scales[i] = call.v_scales + token;
+    }
+  }
+  return tile;
 }
 
 template <typename Element>
 void attend_piece(const DecodeCall& call, const Piece& piece, float* top, float* total, float* out) {
-  const int64_t group = call.group_size, head_dim = call.head_dim, page_elements = PAGE_SIZE * head_dim;
+  const int64_t group = call.group_size, head_dim = call.head_dim;
   const float* q = call.q + piece.row * group * head_dim;
   const int64_t end = piece.first + piece.num_tokens;
   for (int64_t first = piece.first / PAGE_SIZE * PAGE_SIZE; first < end; first += PAGE_SIZE) {
     const Keys keys{static_cast<int>(std::max<int64_t>(0, piece.first - first)),
                     static_cast<int>(std::min<int64_t>(PAGE_SIZE, end - first))};
-    const int64_t page = call.pages[piece.row * call.row_pages + first / PAGE_SIZE];
-    const Element* k = static_cast<const Element*>(call.k_pool) + page * page_elements;
-    const Element* v = static_cast<const Element*>(call.v_pool) + page * page_elements;
+    const Tile<Element> tile = tile_at<Element>(call, piece.row, first, end);
     for (int64_t g = 0; g < group; g += HEADS) {
       const Heads heads{q + g * head_dim, top + g, total + g, out + g * head_dim};
       switch (std::min<int64_t>(HEADS, group - g)) {
-        case 3: attend_page<3>(heads, k, v, keys, head_dim, call.softcap); break;
-        case 2: attend_page<2>(heads, k, v, keys, head_dim, call.softcap); break;
-        default: attend_page<1>(heads, k, v, keys, head_dim, call.softcap);
+        case 3: attend_tile<3>(heads, tile, keys, head_dim, call.softcap); break;
+        case 2: attend_tile<2>(heads, tile, keys, head_dim, call.softcap); break;
+        default: attend_tile<1>(heads, tile, keys, head_dim, call.softcap);
       }
     }
   }
@@ -200,10 +261,11 @@ void run(const DecodeCall& call) {
   std::vector<Piece> pieces;
   std::vector<size_t> starts{0};  // of each row's pieces
   for (int64_t row = 0; row < call.num_rows; ++row) {
-    const int64_t oldest = call.window ? std::max<int64_t>(0, call.held[row] - call.window) : 0;
-    for (int64_t piece = oldest / PIECE * PIECE; piece < call.held[row]; piece += PIECE) {
+    const int64_t length = num_read(call, row);
+    const int64_t oldest = call.window ? std::max<int64_t>(0, length - call.window) : 0;
+    for (int64_t piece = oldest / PIECE * PIECE; piece < length; piece += PIECE) {
       const int64_t first = std::max(piece, oldest);
-      pieces.push_back({row, first, std::min<int64_t>(piece + PIECE, call.held[row]) - first});
+      pieces.push_back({row, first, std::min<int64_t>(piece + PIECE, length) - first});
     }
     starts.push_back(pieces.size());
   }
@@ -228,10 +290,12 @@ void run(const DecodeCall& call) {
 }  // namespace
 
 extern "C" void farspan_attend_rows(const DecodeCall* call) {
-  if (call->pool_is_bf16)
-    run<uint16_t>(*call);
-  else
-    run<float>(*call);
+  switch (call->pool_type) {
+    case POOL_FP32: return run<float>(*call);
+    case POOL_INT8: return run<int8_t>(*call);
+    case POOL_FP8: return run<Fp8>(*call);
+    default: run<uint16_t>(*call);
+  }
 }
 
 extern "C" int64_t farspan_lanes() { return LANES; }

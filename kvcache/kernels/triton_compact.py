@@ -27,17 +27,28 @@ def _copy_tokens(source, target, source_offset, target_offset, mask, D: tl.const
     tl.store(target + target_offset[:, None] + offset_d[None, :], tile, mask=inside)
 
 
+@triton.jit
+def _copy_scales(source, target, source_offset, target_offset, mask):
+    """The scales of tokens [N], if pages hold codes."""
+    if source is not None:
+        tl.store(target + target_offset, tl.load(source + source_offset, mask=mask), mask=mask)
+
+
 @triton.jit(
     do_not_specialize=["num_tokens", "width", "num_blocks", "stride_keep", "stride_old", "stride_ids"]
 )
 def _gather_kernel(
     k_pool,  # [num_pages, PAGE, D]
     v_pool,  # [num_pages, PAGE, D]
+    k_scales,  # [num_pages, PAGE] fp32, of codes (None without)
+    v_scales,
     keep,  # [Hkv, N] bool
     ranks,  # [Hkv, num_blocks] int32: tokens kept up to the end of each block
     old,  # [Hkv, P] int32 page ids by block
     k_kept,  # [Hkv, width, D]
     v_kept,  # [Hkv, width, D]
+    k_scales_kept,  # [Hkv, width] fp32 (None without)
+    v_scales_kept,
     ids,  # [Hkv, width] int32: positions of the kept tokens
     num_tokens,  # N
     width,
@@ -61,10 +72,12 @@ def _gather_kernel(
     place = first + tl.cumsum(is_kept, 0) - 1
     mask = is_kept > 0
     page = tl.load(old + head * stride_old + block).to(tl.int64)
-    source = (page * PAGE + offset) * D
-    target = (head * width + place) * D
-    _copy_tokens(k_pool, k_kept, source, target, mask, D, BLOCK_D)
-    _copy_tokens(v_pool, v_kept, source, target, mask, D, BLOCK_D)
+    source = page * PAGE + offset
+    target = head * width + place
+    _copy_tokens(k_pool, k_kept, source * D, target * D, mask, D, BLOCK_D)
+    _copy_tokens(v_pool, v_kept, source * D, target * D, mask, D, BLOCK_D)
+    _copy_scales(k_scales, k_scales_kept, source, target, mask)
+    _copy_scales(v_scales, v_scales_kept, source, target, mask)
     tl.store(ids + head * stride_ids + place, position, mask=mask)
 
 
@@ -72,10 +85,14 @@ def _gather_kernel(
 def _scatter_kernel(
     k_pool,  # [num_pages, PAGE, D]
     v_pool,  # [num_pages, PAGE, D]
+    k_scales,  # [num_pages, PAGE] fp32, of codes (None without)
+    v_scales,
     counts,  # [Hkv] int32 tokens kept
     new,  # [Hkv, P] int32 page ids by place
     k_kept,  # [Hkv, width, D]
     v_kept,  # [Hkv, width, D]
+    k_scales_kept,  # [Hkv, width] fp32 (None without)
+    v_scales_kept,
     width,
     num_places,  # pages that the longest row fills
     stride_new,
@@ -91,10 +108,12 @@ def _scatter_kernel(
     if place * PAGE >= count:
         return
     page = tl.load(new + head * stride_new + place).to(tl.int64)
-    source = (head * width + token) * D
-    target = (page * PAGE + offset) * D
-    _copy_tokens(k_kept, k_pool, source, target, token < count, D, BLOCK_D)
-    _copy_tokens(v_kept, v_pool, source, target, token < count, D, BLOCK_D)
+    source = head * width + token
+    target = page * PAGE + offset
+    _copy_tokens(k_kept, k_pool, source * D, target * D, token < count, D, BLOCK_D)
+    _copy_tokens(v_kept, v_pool, source * D, target * D, token < count, D, BLOCK_D)
+    _copy_scales(k_scales_kept, k_scales, source, target, token < count)
+    _copy_scales(v_scales_kept, v_scales, source, target, token < count)
 
 
 # ----------------------------------------------------------------------
@@ -115,7 +134,7 @@ def move_kept(pool: PagePool, keep: Tensor, counts: Tensor, old: Tensor, new: Te
     keep [Hkv, N] bool, counts int32 [Hkv] its sums, old int32 [Hkv, P] by block, new int32 [Hkv, P] by place;
     ids int32 [Hkv, K], none of counts over K, receives the positions of the kept tokens.
     """
-    k_pool, v_pool = pool.k, pool.v
+    k_pool, v_pool = pool.by_token[:2]  # codes as bytes
     num_heads, num_tokens = keep.shape
     width, head_dim = ids.shape[1], k_pool.shape[2]
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
@@ -135,15 +154,19 @@ def move_kept(pool: PagePool, keep: Tensor, counts: Tensor, old: Tensor, new: Te
     kept_in_block = padded.view(num_heads, num_blocks, PAGE_SIZE).sum(-1, dtype=torch.int32)
     ranks = kept_in_block.cumsum(-1, dtype=torch.int32)
     k_kept, v_kept = (x.new_empty(num_heads, width, head_dim) for x in (k_pool, v_pool))
+    scales = (pool.k_scales, pool.v_scales)
+    scales_kept = [None if x is None else x.new_empty(num_heads, width) for x in scales]
     capitals = constants(head_dim)
     _gather_kernel[(num_heads * num_blocks,)](
         k_pool,
         v_pool,
+        *scales,
         keep,
         ranks,
         old,
         k_kept,
         v_kept,
+        *scales_kept,
         ids,
         num_tokens,
         width,
@@ -157,10 +180,12 @@ def move_kept(pool: PagePool, keep: Tensor, counts: Tensor, old: Tensor, new: Te
     _scatter_kernel[(num_heads * num_places,)](
         k_pool,
         v_pool,
+        *scales,
         counts,
         new,
         k_kept,
         v_kept,
+        *scales_kept,
         width,
         num_places,
         new.stride(0),

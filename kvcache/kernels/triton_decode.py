@@ -13,7 +13,9 @@ from torch import Tensor
 
 from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
-from configs.triton_softmax import LN_2, LOG2_E, fold, load_page, logits
+from configs.quantised import is_quantised
+from configs.triton_softmax import LN_2, LOG2_E, fold, logits, read_page
+from kvcache.decode import RowSelection
 
 # ----------------------------------------------------------------------
 # the kernels
@@ -23,31 +25,69 @@ from configs.triton_softmax import LN_2, LOG2_E, fold, load_page, logits
 #
 #     held 700, 3 splits      pages 0 1 2 3 | 4 5 6 7 | 8 9 10        each leaves its part and its lse
 #     held  70, 3 splits      pages 0 1     |         |               the empty ones leave at once
+#
+# Where a selection says what is read, as many of its units as make a page take the place of one.
 # ----------------------------------------------------------------------
 
 
 @triton.jit
-def _split_pages(held, num_splits, WINDOW: tl.constexpr, PAGE: tl.constexpr, LEAST: tl.constexpr):
+def _split_pages(
+    length,  # tokens held, or units selected
+    num_splits,
+    WINDOW: tl.constexpr,
+    UNIT: tl.constexpr,
+    PAGE: tl.constexpr,
+    LEAST: tl.constexpr,
+):
     """Of a row: its first page that is read, the page after its last one, and the pages of each split."""
     first = 0
     if WINDOW > 0:
-        first = tl.maximum(held - WINDOW, 0) // PAGE
-    end = tl.cdiv(held, PAGE)
+        first = tl.maximum(length - WINDOW, 0) // PAGE
+    if UNIT > 0:
+        length *= UNIT
+    end = tl.cdiv(length, PAGE)
     return first, end, tl.maximum(tl.cdiv(end - first, num_splits), LEAST)
 
 
-@triton.jit(do_not_specialize=["num_splits", "stride_pages_batch", "stride_pages_head"])
+@triton.jit
+def _load_tokens(
+    pool,
+    page,
+    offset,
+    visible,
+    like,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Tokens of any pages as `read_page` gives those of one. page, offset, visible [PAGE]."""
+    offset_d = tl.arange(0, BLOCK_D)
+    token = page.to(tl.int64) * PAGE + offset
+    pointers = pool + token[:, None] * D + offset_d[None, :]
+    mask = visible[:, None]
+    if BLOCK_D != D:
+        mask = mask & (offset_d < D)[None, :]
+    tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile.to(like.dtype)
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_ids", "stride_pages_batch", "stride_pages_head"])
 def _rows_kernel(
     q,  # [B, Hq, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
     v_pool,  # [num_pages, PAGE, D]
+    k_scales,  # [num_pages, PAGE] fp32, of codes (None without)
+    v_scales,
     pages,  # [B, Hkv, P] int32, by place
     held,  # [B, Hkv] int32
+    ids,  # [B, Hkv, num_ids] int32 of the units that are read, ascending (None: all is read)
+    counts,  # [B, Hkv] int32: ids that count
     sinks,  # [Hq] fp32, natural log (None without)
     out,  # [B, Hq, D]; of several splits [B * Hkv, num_splits, GROUP, D] fp32
     lse,  # [B, Hq] fp32, natural log (None: not asked for); of splits [B * Hkv, num_splits, GROUP], base 2
     factor,  # scale * log2(e); with a softcap, 2 * log2(e) * scale / softcap
     num_splits,
+    num_ids,
     stride_q_batch,
     stride_q_head,
     stride_pages_batch,
@@ -60,6 +100,7 @@ def _rows_kernel(
     PAGE: tl.constexpr,
     LEAST: tl.constexpr,  # pages that are worth a split
     SPLIT: tl.constexpr,  # several programs per row
+    UNIT: tl.constexpr,  # tokens that an id stands for, 0 = all is read
     WINDOW: tl.constexpr,  # the last tokens that are read, 0 = all
     SOFTCAP: tl.constexpr,  # 0 = none
     SINKS: tl.constexpr,
@@ -69,7 +110,8 @@ def _rows_kernel(
     row = tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
     num_held = tl.load(held + row)
-    first_page, end_page, span = _split_pages(num_held, num_splits, WINDOW, PAGE, LEAST)
+    length = tl.load(counts + row) if UNIT > 0 else num_held
+    first_page, end_page, span = _split_pages(length, num_splits, WINDOW, UNIT, PAGE, LEAST)
     begin = first_page + split * span
     end = tl.minimum(begin + span, end_page)
     if (begin >= end) & (split > 0):
@@ -99,16 +141,33 @@ def _rows_kernel(
 
     page_row = pages + batch * stride_pages_batch + kv_head * stride_pages_head
     for i in tl.range(begin, end):
-        page = tl.load(page_row + i)
-        length = num_held - i * PAGE  # beyond it the page is unwritten memory: 0 * NaN would reach the sum
-        keys = load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-        values = load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
         place = i * PAGE + tl.arange(0, PAGE)
-        visible = place < num_held
-        if WINDOW > 0:
-            visible &= place >= num_held - WINDOW
-        scores = tl.where(visible[None, :], logits(q_tile, keys, factor, SOFTCAP), float("-inf"))
-        acc, peak, total = fold(acc, peak, total, scores, values, fold_factor, 0.0)
+        # what is not held is unwritten memory: 0 * NaN would reach the sum
+        if UNIT > 0:
+            visible = place < length * UNIT
+            unit = tl.load(ids + row.to(tl.int64) * num_ids + place // UNIT, mask=visible, other=0)
+            place = unit * UNIT + place % UNIT
+            visible &= place < num_held
+            page = tl.load(page_row + place // PAGE, mask=visible, other=0)
+            keys = _load_tokens(k_pool, page, place % PAGE, visible, q_tile, D, BLOCK_D, PAGE)
+            values = _load_tokens(v_pool, page, place % PAGE, visible, q_tile, D, BLOCK_D, PAGE)
+            token = page.to(tl.int64) * PAGE + place % PAGE
+        else:
+            page = tl.load(page_row + i)
+            keys = read_page(k_pool, page, num_held - i * PAGE, q_tile, D, BLOCK_D, PAGE)
+            values = read_page(v_pool, page, num_held - i * PAGE, q_tile, D, BLOCK_D, PAGE)
+            token = page.to(tl.int64) * PAGE + tl.arange(0, PAGE)
+            visible = place < num_held
+            if WINDOW > 0:
+                visible &= place >= num_held - WINDOW
+        if k_scales is not None:
+            key_scales = tl.load(k_scales + token, mask=visible, other=0.0)
+            value_scales = tl.load(v_scales + token, mask=visible, other=0.0)
+        else:
+            key_scales = None
+            value_scales = None
+        scores = tl.where(visible[None, :], logits(q_tile, keys, key_scales, factor, SOFTCAP), float("-inf"))
+        acc, peak, total = fold(acc, peak, total, scores, values, value_scales, fold_factor, 0.0)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that holds nothing: out 0, lse -inf
     acc = acc / total[:, None]
@@ -128,7 +187,7 @@ def _rows_kernel(
 def _merge_kernel(
     part_out,  # [B * Hkv, num_splits, GROUP, D] fp32
     part_lse,  # [B * Hkv, num_splits, GROUP] fp32, base 2
-    held,  # [B, Hkv] int32
+    lengths,  # [B, Hkv] int32 tokens held, or units selected
     out,  # [B, Hq, D]
     lse,  # [B, Hq] fp32, natural log (None: not asked for)
     num_splits,
@@ -138,12 +197,13 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,  # parts taken at once
     PAGE: tl.constexpr,
     LEAST: tl.constexpr,
+    UNIT: tl.constexpr,
     WINDOW: tl.constexpr,
     LSE: tl.constexpr,
 ):
     head = tl.program_id(0)  # of all query heads of the batch
     row = head // GROUP
-    first_page, end_page, span = _split_pages(tl.load(held + row), num_splits, WINDOW, PAGE, LEAST)
+    first_page, end_page, span = _split_pages(tl.load(lengths + row), num_splits, WINDOW, UNIT, PAGE, LEAST)
     live = tl.maximum(tl.cdiv(end_page - first_page, span), 1)  # splits that left something
     first = row.to(tl.int64) * num_splits * GROUP + head % GROUP
     offset_d = tl.arange(0, BLOCK_D)
@@ -225,6 +285,7 @@ def constants(
     head_dim: int,
     split: bool,
     features: Features,
+    unit: int,
     lse: bool,
     interpreted: bool,
 ) -> dict[str, int | float | bool]:
@@ -238,6 +299,7 @@ def constants(
         "PAGE": PAGE_SIZE,
         "LEAST": LEAST_PAGES,
         "SPLIT": split,
+        "UNIT": unit,
         "WINDOW": features.window or 0,
         "SOFTCAP": features.softcap or 0.0,
         "SINKS": features.sinks is not None,
@@ -247,7 +309,7 @@ def constants(
 
 
 def merge_constants(
-    *, group: int, head_dim: int, window: int | None, lse: bool
+    *, group: int, head_dim: int, window: int | None, unit: int, lse: bool
 ) -> dict[str, int | float | bool]:
     """The CAPITALS of the kernel that merges splits."""
     return {
@@ -257,6 +319,7 @@ def merge_constants(
         "BLOCK_S": MERGED_AT_ONCE,
         "PAGE": PAGE_SIZE,
         "LEAST": LEAST_PAGES,
+        "UNIT": unit,
         "WINDOW": window or 0,
         "LSE": lse,
     }
@@ -272,13 +335,16 @@ def attend_rows(
     scale: float,
     max_held: int,
     features: Features = NO_FEATURES,
+    selection: RowSelection | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
     """What kvcache.decode.attend_rows gives, in one launch or two and without a host sync: [B, Hq, D].
 
     q [B, Hq, D], pools [num_pages, PAGE_SIZE, D], pages int32 [B, Hkv, P] by place, held int32 [B, Hkv], none
-    over max_held. A window is the last tokens of a row. lse [B, Hq] fp32, if given, is filled with the
-    log-sum-exp of every head, natural log, sinks included.
+    over max_held. A window is the last tokens of a row; no selection goes with it. lse [B, Hq] fp32, if
+    given, is filled with the log-sum-exp of every head, natural log, sinks included.
     """
     batch, num_heads, head_dim = q.shape
     num_kv_heads = held.shape[1]
@@ -286,7 +352,9 @@ def attend_rows(
     assert group * num_kv_heads == num_heads and pages.shape[:2] == held.shape, (q.shape, pages.shape)
     assert max_held <= pages.shape[2] * PAGE_SIZE, f"{max_held} tokens in {pages.shape[2]} pages"
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
-    assert k_pool.dtype == v_pool.dtype == q.dtype, (q.dtype, k_pool.dtype)
+    of_codes = is_quantised(k_pool.dtype)
+    assert k_pool.dtype == v_pool.dtype and (of_codes or k_pool.dtype == q.dtype), (q.dtype, k_pool.dtype)
+    assert (k_scales is not None) == (v_scales is not None) == of_codes, k_pool.dtype
     assert k_pool.shape[1:] == (PAGE_SIZE, head_dim), k_pool.shape
     assert pages.dtype == held.dtype == torch.int32 and pages.stride(2) == 1 and held.is_contiguous()
     assert lse is None or (lse.shape == (batch, num_heads) and lse.is_contiguous())
@@ -294,6 +362,11 @@ def attend_rows(
     q = q if q.stride(2) == 1 else q.contiguous()
     out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device)
     longest = max_held if features.window is None else min(max_held, features.window + PAGE_SIZE)
+    unit, ids, counts = 0, None, None
+    if selection is not None:
+        assert features.window is None, "layers with a window read all of it"
+        unit, ids, counts = selection.unit, selection.ids.contiguous(), selection.counts.contiguous()
+        longest = min(max_held, ids.shape[2] * unit)
     splits = num_splits(held.numel(), longest, q.device)
     part_out, part_lse = out, lse
     if splits > 1:
@@ -304,13 +377,18 @@ def attend_rows(
         q,
         k_pool,
         v_pool,
+        k_scales,
+        v_scales,
         pages,
         held,
+        ids,
+        counts,
         features.sinks,
         part_out,
         part_lse,
         log2_scale if features.softcap is None else 2 * log2_scale / features.softcap,
         splits,
+        0 if ids is None else ids.shape[2],
         q.stride(0),
         q.stride(1),
         pages.stride(0),
@@ -321,6 +399,7 @@ def attend_rows(
             head_dim=head_dim,
             split=splits > 1,
             features=features,
+            unit=unit,
             lse=lse is not None,
             interpreted=triton.knobs.runtime.interpret,
         ),
@@ -330,11 +409,13 @@ def attend_rows(
         _merge_kernel[(batch * num_heads,)](
             part_out,
             part_lse,
-            held,
+            held if counts is None else counts,
             out,
             lse,
             splits,
-            **merge_constants(group=group, head_dim=head_dim, window=features.window, lse=lse is not None),
+            **merge_constants(
+                group=group, head_dim=head_dim, window=features.window, unit=unit, lse=lse is not None
+            ),
             **MERGE_BUILD.options(),
         )
     return out

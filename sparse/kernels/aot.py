@@ -35,6 +35,10 @@ def builds() -> Iterator[Build]:
         for unit, pack in itertools.product((None, 0, 8), (1, 4)):
             yield attention_build(architecture, 128, pack, unit)
         yield attention_build(architecture, 128, 4, unit=1, dtype="fp16")
+        yield attention_build(architecture, 64, 4, unit=1, pages="i8")
+        for pages in ("i8", "fp8e4nv") if architecture >= 90 else ("i8",):
+            yield attention_build(architecture, 128, 4, unit=1, pages=pages)
+            yield from estimator_builds(architecture, 128, pages)
         for head_dim, features in FEATURED:
             yield attention_build(architecture, head_dim, 4, unit=1, features=features)
         for head_dim in HEAD_DIMS:
@@ -48,18 +52,22 @@ def attention_build(
     unit: int | None,
     features: Features = NO_FEATURES,
     dtype: str = "bf16",
+    pages: str | None = None,  # codes; None = as dtype says
 ) -> Build:
     """Query blocks of 64, one head per tile or four packed; unit as in triton_attention.constants."""
     kernel = triton_attention._attend_kernel
     query_block = 128 if unit is None else 64
     tile = triton_attention.tile_for(architecture, head_dim, pack * query_block)
-    types = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}")
+    types = dict.fromkeys(("q", "out"), f"*{dtype}")
+    types |= dict.fromkeys(("k_pool", "v_pool"), f"*{pages or dtype}")
+    types |= dict.fromkeys(("k_scales", "v_scales"), "*fp32")
     types |= dict.fromkeys(("pages", "counts", "indices", "unit_counts", "unit_indices"), "*i32")
     types |= dict.fromkeys(("order", "starts", "unit_starts"), "*i64")
     types |= {"sinks": "*fp32", "lse": "*fp32", "factor": "fp32"}
     types |= dict.fromkeys(("start", "num_rows", "num_blocks"), "i32")
     types |= {name: "i32" for name in kernel.arg_names if name.startswith("stride_")}
     absent = set() if features.sinks is not None else {"sinks"}
+    absent |= set() if pages else {"k_scales", "v_scales"}
     if unit is None:
         absent |= {"order", "starts", "counts", "indices"}
     if not unit:
@@ -70,7 +78,7 @@ def attention_build(
     )
     shape = f"D{head_dim}, {tile.rows} rows of {pack} head{'s' if pack > 1 else ''}"
     return Build(
-        name=f"attention sm_{architecture} {dtype} {shape}: {part}{extras}",
+        name=f"attention sm_{architecture} {dtype} {shape}: {part}{extras}{f' of {pages}' if pages else ''}",
         kernel=kernel,
         architecture=architecture,
         types={name: type_ for name, type_ in types.items() if name not in absent},
@@ -90,9 +98,12 @@ def attention_build(
     )
 
 
-def estimator_builds(architecture: int, head_dim: int) -> Iterator[Build]:
+def estimator_builds(architecture: int, head_dim: int, pages: str | None = None) -> Iterator[Build]:
     """The rows' attention, the merge of its splits, and the sums by line; groups of 4 query heads."""
-    types = dict.fromkeys(("q", "k_pool", "v_pool", "out"), "*bf16") | {"pages": "*i32", "factor": "fp32"}
+    types = dict.fromkeys(("q", "out"), "*bf16") | {"pages": "*i32", "factor": "fp32"}
+    types |= dict.fromkeys(("k_pool", "v_pool"), f"*{pages or 'bf16'}")
+    if pages:
+        types |= dict.fromkeys(("k_scales", "v_scales"), "*fp32")
     types |= dict.fromkeys(("part_out", "part_lse", "lse", "columns", "diagonals"), "*fp32")
     types |= dict.fromkeys(("first", "num_rows", "num_pages", "num_splits", "num_runs", "run"), "i32")
     multiplied = triton_estimator.constants(head_dim=head_dim, group=4, interpreted=False)
@@ -104,9 +115,11 @@ def estimator_builds(architecture: int, head_dim: int) -> Iterator[Build]:
         ("merge", triton_estimator._merge_kernel, merged, triton_estimator.MERGE_OPTIONS, ""),
         ("lines", triton_estimator._lines_kernel, multiplied, options, tensor_core),
     ):
+        if pages and part == "merge":
+            continue  # reads no pages
         strides = {name: "i32" for name in kernel.arg_names if name.startswith("stride_")}
         yield Build(
-            name=f"estimator sm_{architecture} bf16 D{head_dim}: {part}",
+            name=f"estimator sm_{architecture} bf16 D{head_dim}: {part}{f' of {pages}' if pages else ''}",
             kernel=kernel,
             architecture=architecture,
             types={name: type_ for name, type_ in types.items() if name in kernel.arg_names} | strides,

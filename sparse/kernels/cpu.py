@@ -10,13 +10,16 @@ from torch import Tensor
 from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
 from configs.native import library
+from configs.quantised import FP8, INT8, is_quantised
 from sparse.attention import Attended
 from sparse.attention import attend as attend_in_torch
 from sparse.base import Chunk, KeyView
+from sparse.correction import corrected
 from sparse.selection import BlockLists, Selection, num_query_blocks
 
 SOURCE = Path(__file__).with_name("cpu_attention.cpp")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)  # of queries
+POOL_DTYPES = (*DTYPES, INT8, FP8)  # in the order of PoolType in native.h
 
 
 class _Lists(ctypes.Structure):
@@ -32,7 +35,8 @@ class _AttentionCall(ctypes.Structure):
     """Mirrors AttentionCall of cpu_attention.cpp, where the shapes are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k_pool", "v_pool", "pages", "out", "lse", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("q", "k_pool", "v_pool", "k_scales", "v_scales")),
+        *((name, ctypes.c_void_p) for name in ("pages", "out", "lse", "sinks")),
         ("whole", _Lists),
         ("gathered", _Lists),
         *(
@@ -46,7 +50,7 @@ class _AttentionCall(ctypes.Structure):
             )
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int32) for name in ("q_is_bf16", "pool_is_bf16", "use_brgemm", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("q_is_bf16", "pool_type", "use_brgemm", "num_threads")),
     ]
 
 
@@ -71,7 +75,7 @@ def attend(
     features: Features = NO_FEATURES,
 ) -> Attended:
     """What sparse.attention.attend gives, which also serves the dtypes that this does not (fp16, fp64)."""
-    if q.dtype not in DTYPES or keys.k_pool.dtype not in DTYPES:
+    if q.dtype not in DTYPES or keys.k_pool.dtype not in POOL_DTYPES:
         return attend_in_torch(q, keys, chunk, selection, scale=scale, features=features)
     assert features.window is None or selection.gathered is None, "gathered units on a layer with a window"
     num_heads, length, head_dim = q.shape
@@ -84,7 +88,7 @@ def attend(
         lse[:, length - num_exact :] = selection.exact.lse
     if length > num_exact:
         _launch(q, keys, chunk.start, length - num_exact, selection, scale, features, out, lse)
-    return Attended(out, lse)
+    return Attended(*corrected(out, lse, q, chunk, selection, scale, features))
 
 
 def _launch(
@@ -106,6 +110,10 @@ def _launch(
     assert all(x.device.type == "cpu" for x in (q, k_pool, v_pool, pages)) and pages.dtype == torch.int32
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.dtype == v_pool.dtype
     assert k_pool.shape == v_pool.shape and k_pool.shape[1:] == (PAGE_SIZE, head_dim), (k_pool.shape, q.shape)
+    scales = (keys.k_scales, keys.v_scales)
+    for of_tokens in scales:
+        assert (of_tokens is not None) == is_quantised(k_pool.dtype), k_pool.dtype
+        assert of_tokens is None or (of_tokens.is_contiguous() and of_tokens.shape == k_pool.shape[:2])
     assert num_heads % num_kv_heads == 0 and scale > 0, (num_heads, num_kv_heads, scale)
     assert start + length <= min(keys.num_tokens, num_blocks * PAGE_SIZE), (start, length, pages.shape)
     blocks = num_query_blocks(start, out_tokens, selection.query_block)
@@ -119,7 +127,9 @@ def _launch(
     sinks = None if features.sinks is None else features.sinks.contiguous()
     assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (num_heads,)), sinks
     call = _AttentionCall(
-        *(x.data_ptr() for x in (q, k_pool, v_pool, pages, out, lse)),
+        *(x.data_ptr() for x in (q, k_pool, v_pool)),
+        *(None if x is None else x.data_ptr() for x in scales),
+        *(x.data_ptr() for x in (pages, out, lse)),
         None if sinks is None else sinks.data_ptr(),
         *(_Lists() if x is None else _pointers(x) for x in parts),
         *(q.stride(0), q.stride(1), out_tokens),
@@ -129,7 +139,7 @@ def _launch(
         features.window or 0,
         *(scale, features.softcap or 0.0),
         q.dtype == torch.bfloat16,
-        k_pool.dtype == torch.bfloat16,
+        POOL_DTYPES.index(k_pool.dtype),
         q.dtype == torch.bfloat16 and head_dim % 16 == 0 and has_bf16_instructions(),
         torch.get_num_threads(),
     )

@@ -2,7 +2,7 @@
 //
 // The heads of a task read the same keys, so their rows stand interleaved and a page is loaded once for all of them.
 // fp32 in cpu_panels.h; bf16 by brgemm in cpu_bf16.h, or, where the processor has no bf16 instructions, widened page
-// by page into fp32.
+// by page into fp32. Codes are widened likewise, into what the rows are multiplied in.
 #include <atomic>
 #include <vector>
 
@@ -36,6 +36,8 @@ struct AttentionCall {     // mirrored in cpu.py
   const void* q;           // [Hq][.][D]
   const void* k_pool;      // [num_pages][PAGE_SIZE][D]
   const void* v_pool;
+  const float* k_scales;   // [num_pages][PAGE_SIZE] of codes, else null
+  const float* v_scales;
   const int32_t* pages;    // [Hkv][num_blocks], -1 = dropped
   void* out;               // [Hq][out_tokens][D] as q
   float* lse;              // [Hq][out_tokens]
@@ -48,7 +50,7 @@ struct AttentionCall {     // mirrored in cpu.py
   int64_t num_lists, num_query_blocks, query_block;
   int64_t window;          // keys that a row sees at most, its own the last; 0 = all. Then no units are gathered
   float scale, softcap;    // softcap 0 = none
-  int32_t q_is_bf16, pool_is_bf16, use_brgemm, num_threads;
+  int32_t q_is_bf16, pool_type, use_brgemm, num_threads;
 };
 
 }  // extern "C"
@@ -101,7 +103,8 @@ Logits logits_of(const AttentionCall& call) {
           call.window ? static_cast<int32_t>(call.window) : NO_WINDOW};
 }
 
-template <typename Element, typename Rows>
+// Element: what pages hold. Wide: what Rows multiply codes as.
+template <typename Element, typename Wide, typename Rows>
 class Worker {
  public:
   Worker(const AttentionCall& call, int64_t most_rows)
@@ -110,7 +113,9 @@ class Worker {
         page_elements_(PAGE_SIZE * call.head_dim),
         rows_(most_rows, call.head_dim),
         staged_k_(page_elements_),
-        staged_v_(page_elements_) {}
+        staged_v_(page_elements_),
+        staged_scales_(2 * PAGE_SIZE),
+        wide_(IS_CODE<Element> ? 2 * page_elements_ : 0) {}
 
   void run(const Task& task) {
     const int64_t offset = task.first - call_.start;
@@ -137,43 +142,62 @@ class Worker {
   }
 
  private:
-  // Offset of the page in the pools, or -1 if it is dropped.
-  int64_t page_at(const Task& task, int64_t block) const {
-    const int64_t page = call_.pages[task.kv_head * call_.num_blocks + block];
-    return page < 0 ? -1 : page * page_elements_;
+  // Keys and values side by side, as pages hold them.
+  struct Tokens {
+    const Element *k, *v;
+    const float *k_scales, *v_scales;  // of codes
+  };
+
+  int64_t page_at(const Task& task, int64_t block) const { return call_.pages[task.kv_head * call_.num_blocks + block]; }
+
+  Tokens tokens_at(int64_t page, int64_t offset) const {
+    const int64_t place = page * PAGE_SIZE + offset;
+    return {static_cast<const Element*>(call_.k_pool) + place * call_.head_dim,
+            static_cast<const Element*>(call_.v_pool) + place * call_.head_dim,
+            IS_CODE<Element> ? call_.k_scales + place : nullptr, IS_CODE<Element> ? call_.v_scales + place : nullptr};
+  }
+
+  void attend(const Tokens& tokens, int64_t first, int num_keys) {
+    if constexpr (IS_CODE<Element>) {
+      widen(tokens.k, tokens.k_scales, &wide_[0], num_keys, call_.head_dim);
+      widen(tokens.v, tokens.v_scales, &wide_[page_elements_], num_keys, call_.head_dim);
+      rows_.attend(&wide_[0], &wide_[page_elements_], first, num_keys, logits_);
+    } else {
+      rows_.attend(tokens.k, tokens.v, first, num_keys, logits_);
+    }
   }
 
   void read_page(const Task& task, int64_t block) {
     const int64_t page = page_at(task, block);
     if (page < 0) return;
     const int64_t first = block * PAGE_SIZE;
-    const int num_keys = static_cast<int>(std::min<int64_t>(PAGE_SIZE, task.last - first + 1));
-    rows_.attend(static_cast<const Element*>(call_.k_pool) + page, static_cast<const Element*>(call_.v_pool) + page,
-                 first, num_keys, logits_);
+    attend(tokens_at(page, 0), first, static_cast<int>(std::min<int64_t>(PAGE_SIZE, task.last - first + 1)));
   }
 
   // Units are copied side by side into a page, which is then read like any other.
   void read_gathered(const Task& task) {
     const Lists& lists = call_.gathered;
     const int64_t start = lists.starts[task.list];
-    const int64_t unit_elements = lists.unit * call_.head_dim;
-    const Element* k_pool = static_cast<const Element*>(call_.k_pool);
-    const Element* v_pool = static_cast<const Element*>(call_.v_pool);
-    int64_t staged = 0;
+    const Tokens stage = {&staged_k_[0], &staged_v_[0], &staged_scales_[0], &staged_scales_[PAGE_SIZE]};
+    int64_t staged = 0;  // keys
     for (int32_t i = 0; i < lists.counts[task.list]; ++i) {
       const int64_t position = lists.indices[start + i] * lists.unit;
       const int64_t page = page_at(task, position / PAGE_SIZE);
       if (page < 0) continue;
-      const int64_t from = page + position % PAGE_SIZE * call_.head_dim;
-      std::copy_n(k_pool + from, unit_elements, &staged_k_[staged]);
-      std::copy_n(v_pool + from, unit_elements, &staged_v_[staged]);
-      staged += unit_elements;
-      if (staged == page_elements_) {
-        rows_.attend(&staged_k_[0], &staged_v_[0], PAST, PAGE_SIZE, logits_);
+      const Tokens from = tokens_at(page, position % PAGE_SIZE);
+      std::copy_n(from.k, lists.unit * call_.head_dim, &staged_k_[staged * call_.head_dim]);
+      std::copy_n(from.v, lists.unit * call_.head_dim, &staged_v_[staged * call_.head_dim]);
+      if constexpr (IS_CODE<Element>) {
+        std::copy_n(from.k_scales, lists.unit, &staged_scales_[staged]);
+        std::copy_n(from.v_scales, lists.unit, &staged_scales_[PAGE_SIZE + staged]);
+      }
+      staged += lists.unit;
+      if (staged == PAGE_SIZE) {
+        attend(stage, PAST, PAGE_SIZE);
         staged = 0;
       }
     }
-    if (staged) rows_.attend(&staged_k_[0], &staged_v_[0], PAST, static_cast<int>(staged / call_.head_dim), logits_);
+    if (staged) attend(stage, PAST, static_cast<int>(staged));
   }
 
   const AttentionCall& call_;
@@ -181,9 +205,11 @@ class Worker {
   int64_t page_elements_;
   Rows rows_;
   Buffer<Element> staged_k_, staged_v_;
+  Buffer<float> staged_scales_;  // [2][PAGE_SIZE]
+  Buffer<Wide> wide_;            // [2][PAGE_SIZE][D]: what a page of codes means
 };
 
-template <typename Element, typename Rows>
+template <typename Element, typename Wide, typename Rows>
 void run_all(const AttentionCall& call) {
   const std::vector<Task> tasks = tasks_of(call);
   int64_t most_rows = 0;
@@ -192,18 +218,34 @@ void run_all(const AttentionCall& call) {
   const int num_threads = static_cast<int>(std::min<size_t>(call.num_threads, tasks.size()));
 #pragma omp parallel num_threads(num_threads)
   {
-    Worker<Element, Rows> worker(call, most_rows);
+    Worker<Element, Wide, Rows> worker(call, most_rows);
     for (size_t i = next++; i < tasks.size(); i = next++) worker.run(tasks[i]);
   }
 }
 
 }  // namespace
 
-extern "C" void farspan_attend(const AttentionCall* call) {
-  if (!call->pool_is_bf16)
-    run_all<float, PanelRows>(*call);
-  else if (call->use_brgemm)
-    run_all<uint16_t, BrgemmRows>(*call);
+namespace {
+
+template <typename Element>
+void run_codes(const AttentionCall& call) {
+  if (call.use_brgemm)
+    run_all<Element, uint16_t, BrgemmRows>(call);
   else
-    run_all<uint16_t, PanelRows>(*call);
+    run_all<Element, float, PanelRows>(call);
+}
+
+}  // namespace
+
+extern "C" void farspan_attend(const AttentionCall* call) {
+  switch (call->pool_type) {
+    case POOL_FP32: return run_all<float, float, PanelRows>(*call);
+    case POOL_INT8: return run_codes<int8_t>(*call);
+    case POOL_FP8: return run_codes<Fp8>(*call);
+    default:
+      if (call->use_brgemm)
+        run_all<uint16_t, uint16_t, BrgemmRows>(*call);
+      else
+        run_all<uint16_t, float, PanelRows>(*call);
+  }
 }

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
-from configs.triton_softmax import LN_2, LOG2_E, fold, load_page, logits
+from configs.quantised import is_quantised
+from configs.triton_softmax import LN_2, LOG2_E, fold, logits, read_page, read_scales
 from sparse.attention import Attended
 from sparse.base import Chunk, KeyView
+from sparse.correction import corrected
 from sparse.selection import ALL, BlockLists, Selection, num_query_blocks
 
 # ----------------------------------------------------------------------
@@ -42,6 +44,8 @@ def _attend_kernel(
     q,  # [Hq, Tq, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
     v_pool,  # [num_pages, PAGE, D]
+    k_scales,  # [num_pages, PAGE] fp32, of codes (None without)
+    v_scales,
     pages,  # [Hkv, P] int32, -1 = dropped
     order,  # [H * B] int64: which list a program walks, longest first (None when DENSE)
     starts,  # [H, B] int64  (None when DENSE, and so are the next two)
@@ -152,11 +156,17 @@ def _attend_kernel(
         for i in tl.range(begin, full):
             page = tl.load(page_row + _unit(indices, first, i, is_all, DENSE))
             length = tl.where(page >= 0, PAGE, 0)
-            keys = load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-            values = load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-            scores = logits(q_tile, keys, factor, SOFTCAP)
+            keys = read_page(k_pool, page, length, q_tile, D, BLOCK_D, PAGE)
+            values = read_page(v_pool, page, length, q_tile, D, BLOCK_D, PAGE)
+            if k_scales is not None:
+                key_scales = read_scales(k_scales, page, length, PAGE)
+                value_scales = read_scales(v_scales, page, length, PAGE)
+            else:
+                key_scales = None
+                value_scales = None
+            scores = logits(q_tile, keys, key_scales, factor, SOFTCAP)
             bias = tl.where(page >= 0, 0.0, float("-inf"))
-            acc, peak, total = fold(acc, peak, total, scores, values, fold_factor, bias)
+            acc, peak, total = fold(acc, peak, total, scores, values, value_scales, fold_factor, bias)
 
     # with a window this loop reads everything, else two pages at most: not worth filling a pipeline for
     for i in tl.range(full, end, num_stages=None if WINDOW > 0 else 1):
@@ -164,15 +174,21 @@ def _attend_kernel(
         page = tl.load(page_row + unit)
         # beyond the last token the page is unwritten memory: 0 * NaN would reach the sum
         length = tl.where(page >= 0, end_position - unit * PAGE, 0)
-        keys = load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-        values = load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+        keys = read_page(k_pool, page, length, q_tile, D, BLOCK_D, PAGE)
+        values = read_page(v_pool, page, length, q_tile, D, BLOCK_D, PAGE)
+        if k_scales is not None:
+            key_scales = read_scales(k_scales, page, length, PAGE)
+            value_scales = read_scales(v_scales, page, length, PAGE)
+        else:
+            key_scales = None
+            value_scales = None
         key_positions = unit * PAGE + tl.arange(0, PAGE)
         visible = key_positions[None, :] <= positions[:, None]
         if WINDOW > 0:
             visible &= key_positions[None, :] > positions[:, None] - WINDOW
-        scores = tl.where(visible, logits(q_tile, keys, factor, SOFTCAP), float("-inf"))
+        scores = tl.where(visible, logits(q_tile, keys, key_scales, factor, SOFTCAP), float("-inf"))
         bias = tl.where(page >= 0, 0.0, float("-inf"))
-        acc, peak, total = fold(acc, peak, total, scores, values, fold_factor, bias)
+        acc, peak, total = fold(acc, peak, total, scores, values, value_scales, fold_factor, bias)
 
     if UNIT > 0:
         # gathered units lie before the block, so causality asks nothing. ALL reads them as pages already.
@@ -189,19 +205,25 @@ def _attend_kernel(
             key_positions = unit * UNIT + offset_n % UNIT
             page = tl.load(page_row + key_positions // PAGE, mask=inside, other=-1)
             held = page >= 0
-            offsets = (page.to(tl.int64) * PAGE + key_positions % PAGE) * D
+            tokens = page.to(tl.int64) * PAGE + key_positions % PAGE
+            offsets = tokens * D
             key_mask = held[:, None] & (offset_d < D)[None, :]
             keys = tl.load(k_pool + offsets[:, None] + offset_d[None, :], mask=key_mask, other=0.0)
             values = tl.load(v_pool + offsets[:, None] + offset_d[None, :], mask=key_mask, other=0.0)
-            if UPCAST:
-                keys = keys.to(tl.float32)
-                values = values.to(tl.float32)
+            if k_scales is not None:
+                key_scales = tl.load(k_scales + tokens, mask=held, other=0.0)
+                value_scales = tl.load(v_scales + tokens, mask=held, other=0.0)
+            else:
+                key_scales = None
+                value_scales = None
+            keys = keys.to(q_tile.dtype)
+            values = values.to(q_tile.dtype)
             if WINDOW > 0:
                 visible = held[None, :] & (key_positions[None, :] > positions[:, None] - WINDOW)
             else:
                 visible = held[None, :]
-            scores = tl.where(visible, logits(q_tile, keys, factor, SOFTCAP), float("-inf"))
-            acc, peak, total = fold(acc, peak, total, scores, values, fold_factor, 0.0)
+            scores = tl.where(visible, logits(q_tile, keys, key_scales, factor, SOFTCAP), float("-inf"))
+            acc, peak, total = fold(acc, peak, total, scores, values, value_scales, fold_factor, 0.0)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: out 0, lse -inf
     acc = acc / total[:, None]
@@ -332,7 +354,10 @@ def attend(
     num_kv_heads = keys.pages.shape[0]
     assert length == chunk.length and keys.num_tokens >= chunk.start + length, (q.shape, chunk)
     assert keys.k_pool.is_contiguous() and keys.v_pool.is_contiguous()
-    assert keys.k_pool.dtype == keys.v_pool.dtype == q.dtype, (q.dtype, keys.k_pool.dtype)
+    of_codes = is_quantised(keys.k_pool.dtype)
+    assert keys.k_pool.dtype == keys.v_pool.dtype, (keys.k_pool.dtype, keys.v_pool.dtype)
+    assert of_codes or keys.k_pool.dtype == q.dtype, (q.dtype, keys.k_pool.dtype)
+    assert (keys.k_scales is not None) == (keys.v_scales is not None) == of_codes, keys.k_pool.dtype
     assert keys.pages.dtype == torch.int32 and keys.pages.stride(1) == 1
     assert num_heads % num_kv_heads == 0 and scale > 0, (num_heads, num_kv_heads, scale)
 
@@ -365,6 +390,8 @@ def attend(
         q,
         keys.k_pool,
         keys.v_pool,
+        keys.k_scales,
+        keys.v_scales,
         keys.pages,
         order,
         *_pointers(lists),
@@ -395,7 +422,7 @@ def attend(
         ),
         **tile.options(),
     )
-    return Attended(out, lse)
+    return Attended(*corrected(out, lse, q, chunk, selection, scale, features))
 
 
 def _pointers(lists: BlockLists | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

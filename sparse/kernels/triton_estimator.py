@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from configs.model import PAGE_SIZE
-from configs.triton_softmax import LN_2, fold, load_page, logits
+from configs.quantised import is_quantised
+from configs.triton_softmax import LN_2, fold, logits, read_page, read_scales
 from sparse.base import KeyView
 from sparse.estimator import Estimate
 
@@ -58,6 +59,8 @@ def _attend_kernel(
     q,  # [Hq, R, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
     v_pool,  # [num_pages, PAGE, D]
+    k_scales,  # [num_pages, PAGE] fp32, of codes (None without)
+    v_scales,
     pages,  # [Hkv, P] int32, -1 = dropped
     part_out,  # [Hq, num_splits, R, D] fp32
     part_lse,  # [Hq, num_splits, R] fp32, base 2
@@ -88,11 +91,17 @@ def _attend_kernel(
         page = tl.load(page_row + i)
         # beyond the last token the page is unwritten memory: 0 * NaN would reach the sum
         length = tl.where(page >= 0, first + num_rows - i * PAGE, 0)
-        keys = load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
-        values = load_page(v_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+        keys = read_page(k_pool, page, length, q_tile, D, BLOCK_D, PAGE)
+        values = read_page(v_pool, page, length, q_tile, D, BLOCK_D, PAGE)
+        if k_scales is not None:
+            key_scales = read_scales(k_scales, page, length, PAGE)
+            value_scales = read_scales(v_scales, page, length, PAGE)
+        else:
+            key_scales = None
+            value_scales = None
         visible = _visible(i, page, first, num_rows, PAGE)
-        scores = tl.where(visible, logits(q_tile, keys, factor, 0.0), float("-inf"))
-        acc, peak, total = fold(acc, peak, total, scores, values, factor, 0.0)
+        scores = tl.where(visible, logits(q_tile, keys, key_scales, factor, 0.0), float("-inf"))
+        acc, peak, total = fold(acc, peak, total, scores, values, value_scales, factor, 0.0)
     total = tl.where(total == 0.0, 1.0, total)
     offset_m = tl.arange(0, PAGE)
     offset_d = tl.arange(0, BLOCK_D)
@@ -146,6 +155,7 @@ def _merge_kernel(
 def _lines_kernel(
     q,  # [Hq, R, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
+    k_scales,  # [num_pages, PAGE] fp32, of codes (None without)
     pages,  # [Hkv, P] int32, -1 = dropped
     lse,  # [Hq, R] fp32, natural log
     columns,  # [Hq, N] fp32
@@ -186,9 +196,10 @@ def _lines_kernel(
     for i in tl.range(tl.maximum(begin - 1, 0), end):
         page = tl.load(page_row + i, mask=i < num_pages, other=-1)
         length = tl.where(page >= 0, num_tokens - i * PAGE, 0)
-        keys = load_page(k_pool, page, length, D, BLOCK_D, PAGE, UPCAST)
+        keys = read_page(k_pool, page, length, q_tile, D, BLOCK_D, PAGE)
+        key_scales = read_scales(k_scales, page, length, PAGE) if k_scales is not None else None
         visible = _visible(i, page, first, num_rows, PAGE) & is_seen[:, None]
-        scores = logits(q_tile, keys, factor, 0.0) * factor - log_sum[:, None]
+        scores = logits(q_tile, keys, key_scales, factor, 0.0) * factor - log_sum[:, None]
         weights = tl.exp2(tl.where(visible, scores, float("-inf")))
         # [r, t]: the one cell of row r with (r - c) % PAGE == t
         turned = tl.gather(weights, (rows - shift) & (PAGE - 1), 1)
@@ -251,7 +262,10 @@ def estimate(q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float
     num_kv_heads = keys.pages.shape[0]
     assert 0 < num_rows <= PAGE_SIZE, num_rows
     assert keys.k_pool.is_contiguous() and keys.v_pool.is_contiguous()
-    assert keys.k_pool.dtype == keys.v_pool.dtype == q_rows.dtype, (q_rows.dtype, keys.k_pool.dtype)
+    of_codes = is_quantised(keys.k_pool.dtype)
+    assert keys.k_pool.dtype == keys.v_pool.dtype, (keys.k_pool.dtype, keys.v_pool.dtype)
+    assert of_codes or keys.k_pool.dtype == q_rows.dtype, (q_rows.dtype, keys.k_pool.dtype)
+    assert (keys.k_scales is not None) == (keys.v_scales is not None) == of_codes, keys.k_pool.dtype
     assert keys.pages.dtype == torch.int32 and keys.pages.stride(1) == 1
     assert num_heads % num_kv_heads == 0 and scale > 0, (num_heads, num_kv_heads, scale)
     q = q_rows if q_rows.stride(2) == 1 else q_rows.contiguous()
@@ -276,6 +290,8 @@ def estimate(q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float
         q,
         keys.k_pool,
         keys.v_pool,
+        keys.k_scales,
+        keys.v_scales,
         keys.pages,
         part_out,
         part_lse,
@@ -304,6 +320,7 @@ def estimate(q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float
     _lines_kernel[(num_heads * num_runs,)](
         q,
         keys.k_pool,
+        keys.k_scales,
         keys.pages,
         lse,
         columns,

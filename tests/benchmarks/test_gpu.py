@@ -68,18 +68,20 @@ def test_the_attention_benchmark_runs_interpreted(tmp_path: Path) -> None:
     assert rows["half dense, half 2%"]["density"] == pytest.approx((1 + rows["sparse 5%"]["density"]) / 2)
 
 
-def test_the_decode_benchmark_runs_interpreted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pages", [(), ("--page-dtype", "int8")], ids=["as computed", "int8"])
+def test_the_decode_benchmark_runs_interpreted(tmp_path: Path, pages: tuple[str, ...]) -> None:
     done = run(
         *("benchmarks.gpu_decode", "--rows", "1x200", "2x70", "--layers", "2", "--heads", "4", "2"),
         *("--head-dim", "16", "--dtype", "float32", "--rounds", "1", "--compact", "128"),
-        *("--compact-layers", "2", "--out", str(tmp_path)),
+        *("--compact-layers", "2", "--out", str(tmp_path), *pages),
         TRITON_INTERPRET="1",
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu_decode.json").read_text())
     rows = {(row["case"], row["batch"], row["tokens"]): row for row in results["rows"]}
     assert set(rows) == {(case, *each) for case in ("attention", "step") for each in ((1, 200), (2, 70))}
-    keys_and_values = 2 * 2 * 2 * 16 * 4  # layers, KV heads, keys and values, bytes of a head
+    head = 16 + 4 if pages else 16 * 4  # bytes, and of int8 a scale
+    keys_and_values = 2 * 2 * 2 * head  # layers, KV heads, keys and values
     assert rows["attention", 2, 70]["gb"] == pytest.approx(2 * 70 * keys_and_values / 1e9)
     assert rows["step", 2, 70]["gb"] > rows["attention", 2, 70]["gb"]
     assert {each["moves"] for each in results["compaction"]} == {"triton", "torch"}

@@ -11,11 +11,14 @@ import torch
 from benchmarks import (
     concurrency,
     context_extension,
+    decode,
+    host_tier,
     kv_memory,
     layers,
     live_sequences,
     prefill_pages,
     prefix_cache,
+    quantised_pages,
     ttft,
 )
 from benchmarks.common import Elapsed
@@ -119,6 +122,21 @@ def test_layers_are_timed_fused_and_as_they_are(tmp_path: Path, model: Path) -> 
         assert row["speedup"] == pytest.approx(ratio, rel=0.05)
 
 
+def test_pages_of_every_dtype_are_timed_and_compared(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        quantised_pages.main(
+            ["--tokens", "300", "--layers", "2", "--rounds", "1", "--out", str(tmp_path), *THREADS]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["pages"]: row for row in json.loads((tmp_path / "quantised_pages.json").read_text())["rows"]}
+    sizes = {name: row["bytes_per_token"] for name, row in rows.items()}
+    assert sizes == {"float32": 512, "bfloat16": 256, "int8": 136, "fp8": 136}
+    assert rows["float32"]["error"] == 0 < rows["int8"]["error"] < 0.02 < rows["fp8"]["error"] < 0.1
+    assert all(row["milliseconds"] > 0 for row in rows.values())
+
+
 def test_no_prompt_of_ttft_starts_like_another(tmp_path: Path, model: Path) -> None:
     text = load_text(save_text(tmp_path), load_tokenizer(model))
     prompts = ttft.Prompts(text, length=256)
@@ -135,6 +153,21 @@ def test_concurrency_compares_requests_at_once_with_a_row(tmp_path: Path, model:
         seconds["at once"]["wall_s"] / seconds["in a row"]["wall_s"], abs=1e-3
     )
     assert content["settings"]["requests"] == 3
+
+
+def test_decode_compares_what_is_held_read_and_batched(tmp_path: Path, model: Path) -> None:
+    flags = ("--scale", "16", "--steps", "3", "--rounds", "1")
+    rows = run(decode.main, "decode", tmp_path, model, *flags)["rows"]
+    found = {one: [row for row in rows if row["comparison"] == one] for one in ("huggingface", "batch")}
+    found |= {one: [row for row in rows if row["comparison"] == one] for one in ("quest", "kept")}
+    assert sum(map(len, found.values())) == len(rows) == 8
+    assert [row["candidate"] for row in found["quest"]] == ["full", "quest:decode.read=128"]
+    assert [row["batch"] for row in found["batch"]] == [1, 8]
+    for base, other in found.values():
+        assert base["ratio"] == 1 and len(other["timing"]["walls_s"]) == 1
+        speed = other["batch"] * 3 / other["timing"]["wall_s"]
+        assert other["tokens_per_second"] == pytest.approx(speed, rel=0.01)
+        assert other["ratio"] == pytest.approx(speed / base["tokens_per_second"], rel=0.01)
 
 
 def test_freed_pages_are_seen_in_the_hands_of_another_request(tmp_path: Path, model: Path) -> None:
@@ -160,6 +193,16 @@ def test_a_document_asked_again_comes_from_the_cache_with_the_same_answer(
     assert row["cached_tokens"] == 512  # the whole pages of the document's 544 tokens
     assert row["same_answer"] and row["ratio"] == pytest.approx(
         row["second_seconds"] / row["first_seconds"], rel=0.05
+    )
+
+
+def test_a_document_whose_pages_others_had_comes_back_from_the_host(tmp_path: Path, model: Path) -> None:
+    flags = ("--plans", "dense", "--length", "640", "--answer", "4")
+    (row,) = run(host_tier.main, "host_tier", tmp_path, model, *flags)["rows"]
+    assert row["cached_tokens"] == 512  # the whole pages of the document's 544 tokens
+    assert row["host_hits"] >= 448  # the other prompt left one of the pool's eleven columns
+    assert row["same_answer"] and row["ratio"] == pytest.approx(
+        row["again_seconds"] / row["first_seconds"], rel=0.05
     )
 
 

@@ -187,10 +187,11 @@ def facts(
     kernels: Kernels | None = None,
     policy: str = "keep_all",
     dtype: torch.dtype = torch.float32,
+    pages: torch.dtype = torch.float32,
     **prefill: Any,
 ) -> str:
     resolved = resolve_plan(plan("p", prefill={**SPARSE, **prefill}, kv={"policy": policy}), model)
-    return json.dumps(facts_of(resolved, model, kernels or Kernels(), torch.empty(1, dtype=dtype)))
+    return json.dumps(facts_of(resolved, model, kernels or Kernels(), torch.empty(1, dtype=pages), dtype))
 
 
 def test_what_changes_speed_is_measured_again_and_what_does_not_is_not(
@@ -203,6 +204,7 @@ def test_what_changes_speed_is_measured_again_and_what_does_not_is_not(
         facts(),
         facts(vertical=41),
         facts(dtype=torch.bfloat16),
+        facts(pages=torch.int8),
         facts(chunk=256),
         facts(layers={"0": "dense"}),
         facts(replace(MODEL, num_query_heads=8)),

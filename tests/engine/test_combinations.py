@@ -8,7 +8,8 @@ from configs.errors import ConfigError
 from configs.model import BlockSparse, ModelInfo
 from engine.combinations import as_markdown, prefill_by_policy
 from engine.plans import resolve_plan, resolve_plans
-from kvcache.keep_all import KeepAll
+from kvcache.decode import Full
+from kvcache.decode_methods import DECODE_METHODS
 from kvcache.policies import KV_POLICIES
 from kvcache.state import StateRegistry
 from sparse.methods import PREFILL_METHODS
@@ -52,20 +53,20 @@ def test_a_floor_on_recall_is_refused_where_a_mask_hides_keys(policy: str) -> No
         )
 
 
-def test_a_policy_that_moves_tokens_is_refused_beside_state_of_pages_in_whatever_order() -> None:
-    snap, keep = plan("snap", kv={"policy": "snapkv"}), plan("keep")
-
-    class WithState(KeepAll):
+def test_a_policy_that_moves_tokens_is_refused_in_a_plan_whose_page_state_cannot_follow() -> None:
+    class WithState(Full):
         def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
-            super().attach(model, files, states)
             states.page_state("sums", (2,))
 
+    parts = {"decode": {"method": "sums"}}
+    snap, keep = plan("snap", kv={"policy": "snapkv"}, **parts), plan("keep", **parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(KV_POLICIES, "keep_all", WithState)
-        for plans in ([snap, keep], [keep, snap]):
-            with pytest.raises(ConfigError, match="kv.policy: snapkv moves tokens"):
-                resolve_plans(plans, MODEL, StateRegistry())
-        resolve_plans([keep], MODEL, StateRegistry())
+        patch.setattr("engine.plans.DECODE_METHODS", {**DECODE_METHODS, "sums": WithState})
+        with pytest.raises(ConfigError, match="kv.policy: snapkv moves tokens"):
+            resolve_plans([snap], MODEL, StateRegistry())
+        states = StateRegistry()
+        resolve_plans([plan("other", kv={"policy": "snapkv"}), keep], MODEL, states)  # nobody reads it there
+        assert states.page_bytes == 8
 
 
 def test_a_model_trained_with_a_pattern_is_served_otherwise_with_a_warning(

@@ -149,6 +149,18 @@ def test_without_room_a_request_waits_and_is_then_served(network: torch.nn.Modul
     tiny.assert_empty()
 
 
+def test_of_those_that_wait_lower_priorities_go_first_and_equal_ones_by_arrival(
+    network: torch.nn.Module,
+) -> None:
+    tiny = tiny_engine(network=network, max_num_seqs=1)
+    for name, priority in (("first", 9), ("a", 0), ("b", 5), ("c", 0), ("d", -3)):
+        tiny.submit(name, make_prompt(20), greedy(2), priority=priority)
+        if name == "first":
+            tiny.step()  # it runs, and is not interrupted
+    assert list(tiny.run()) == ["first", "d", "a", "c", "b"]
+    tiny.assert_empty()
+
+
 def test_a_request_that_can_never_fit_ends_at_once_with_the_numbers(network: torch.nn.Module) -> None:
     tiny = all_plans(network, num_pages=50)
     tiny.submit("large", make_prompt(640), greedy(5), "dense")

@@ -8,6 +8,9 @@ import torch
 import kvcache.decode
 import kvcache.kernels
 import kvcache.kernels.cpu
+import kvcache.kernels.cpu_quest
+import kvcache.kernels.cpu_store
+import kvcache.moves
 import sparse.attention
 import sparse.kernels.cpu
 from configs.native import compiler
@@ -26,12 +29,17 @@ def test_a_cpu_with_a_compiler_runs_compiled_attention() -> None:
     chosen = kernels_for(torch.device("cpu"))
     assert chosen.attend is sparse.kernels.cpu.attend
     assert chosen.attend_rows is kvcache.kernels.cpu.attend_rows
+    assert chosen.best_units is kvcache.kernels.cpu_quest.best_units
+    assert chosen.store is kvcache.moves.store  # plain copies are torch's
+    assert kernels_for(torch.device("cpu"), torch.int8).store is kvcache.kernels.cpu_store.store
 
 
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse.kernels.cpu, "is_available", lambda: False)
     monkeypatch.setattr(kvcache.kernels.cpu, "is_available", lambda: False)
-    assert kernels_for(torch.device("cpu")) == Kernels()
+    monkeypatch.setattr(kvcache.kernels.cpu_store, "is_available", lambda: False)
+    monkeypatch.setattr(kvcache.kernels.cpu_quest, "is_available", lambda: False)
+    assert kernels_for(torch.device("cpu")) == kernels_for(torch.device("cpu"), torch.int8) == Kernels()
     assert Kernels().attend is sparse.attention.attend
     assert Kernels().attend_rows is kvcache.decode.attend_rows
 
@@ -64,7 +72,7 @@ def test_a_gpu_runs_triton_where_it_can_be_imported(
 ) -> None:
     pytest.importorskip("triton")
     chosen = kernels_for(torch.device("cuda"))
-    for name in Kernels.__dataclass_fields__:
+    for name in set(Kernels.__dataclass_fields__) - {"best_units"}:  # a choice is a few launches of torch's
         assert ".kernels.triton_" in getattr(chosen, name).__module__, name
     assert not caplog.records
     monkeypatch.setitem(sys.modules, "kvcache.kernels.triton_store", None)

@@ -22,7 +22,7 @@ SMOLLM2 = ModelInfo("SmolLM2-135M-Instruct", 30, 9, 3, 64, 49152, 8192)
 
 @pytest.mark.parametrize("name", shipped_plans())
 def test_every_shipped_plan_fits_a_model(name: str) -> None:
-    model = SMOLLM2 if name.endswith("smollm2") else MODEL
+    model = SMOLLM2 if name.endswith("smollm2") or name == "seerattention" else MODEL
     assert resolve_plan(load_plan(name), model).card.name == name
 
 
@@ -47,7 +47,10 @@ def test_layers_may_have_methods_of_their_own() -> None:
         ({"kv": {"policy": "snapkv", "budget": 10, "query_window": 32}}, ["kv", "budget", "10", "32"]),
         ({"kv": {"policy": "snap"}}, ["kv.policy", "'snapkv'"]),
         ({"kv": {"budget": 100}}, ["kv.budget", "keep_all has no such option"]),
-        ({"decode": {"method": "quest"}}, ["decode.method", "full"]),
+        ({"decode": {"method": "qest"}}, ["decode.method", "did you mean 'quest'"]),
+        ({"decode": {"method": "quest", "read": 100}}, ["decode", "read (100)", "multiple of 16"]),
+        ({"decode": {"method": "quest", "read": 96}}, ["decode", "read (96)", "always read (96 tokens)"]),
+        ({"decode": {"method": "quest", "reuse": 0}}, ["decode", "reuse (0)", "1 to 64"]),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_with_the_path_of_the_key(

@@ -14,7 +14,7 @@ from engine import startup
 from engine.attention_timing import AttentionTimer, Times
 from engine.kernels import Kernels
 from engine.models import end_tokens, prepare_model
-from engine.startup import load, resolve
+from engine.startup import host_sizes, load, resolve
 from tests.tiny import save_tiny
 
 
@@ -67,7 +67,7 @@ def test_a_server_starts_without_a_kernel_that_fails_here(
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(startup, "kernels_for", lambda device: replace(Kernels(), **{name: broken}))
+    monkeypatch.setattr(startup, "kernels_for", lambda *asked: replace(Kernels(), **{name: broken}))
     load(resolve(config(folder, plans=["minference-snapkv"])))  # warms up with a request of its own
     assert f"kernel {name} is not used on cpu" in caplog.text
 
@@ -94,10 +94,32 @@ def test_the_context_is_what_the_cache_can_hold(folder: Path) -> None:
     assert engine.stats().pages_free == card.num_pages
 
 
+def test_quantised_pages_hold_more_in_the_same_memory(folder: Path) -> None:
+    """Pages of 64 tokens x 2 x (16 bytes and a scale of 4) = 2.5 KiB, where full ones take 8."""
+    flags = {"cache.kv_cache_memory_bytes": "4MiB", "cache.dtype": "int8"}
+    resolution = resolve(config(folder, **flags))
+    assert resolution.bytes_per_token == 6 * 2 * (16 + 4)
+    _, card = load(resolution)
+    assert (card.num_pages, card.page_bytes, card.cache_dtype) == (1638, 2560, "int8")
+
+
 def test_a_context_that_was_asked_for_and_does_not_fit_is_refused_with_what_would(folder: Path) -> None:
     flags = {"cache.kv_cache_memory_bytes": "1MiB", "engine.max_model_len": 4096}
     with pytest.raises(ConfigError, match=r"4096 tokens do not fit the cache of 128 pages; 1344 would"):
         load(resolve(config(folder, **flags)))
+
+
+def test_a_host_tier_has_the_size_that_was_asked_for(folder: Path) -> None:
+    """Pages of 8 KiB; a column has 6."""
+    for flags, pages, columns in (
+        ({}, 0, 0),
+        ({"cache.host_memory": "1MiB"}, 128, 10),
+        ({"cache.host_memory": "1MiB", "cache.host_columns": 0}, 128, 0),
+        ({"cache.host_memory": "1MiB", "cache.enable_prefix_caching": False}, 128, 0),
+    ):
+        assert host_sizes(resolve(config(folder, **flags))) == (pages, columns)
+    with pytest.raises(ConfigError, match=r"cache.host_memory: 40000 bytes .* 49152; give it more"):
+        host_sizes(resolve(config(folder, **{"cache.host_memory": 40_000})))
 
 
 def test_a_break_even_is_measured_once_and_clients_see_it(

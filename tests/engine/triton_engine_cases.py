@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from configs.model import ModelInfo
+from configs.quantised import INT8
 from engine.kernels import Kernels, triton_kernels
 from engine.self_check import checked
 from tests.tiny import greedy, make_prompt, plan, tiny_engine, tiny_model
@@ -34,5 +35,6 @@ def test_all_of_them_pass_their_self_check(caplog: pytest.LogCaptureFixture) -> 
     model = ModelInfo("tiny", 1, 2, 1, 16, vocab_size=100, max_length=4096)
     kernels = triton_kernels()
     assert kernels.attend is not Kernels().attend
-    assert checked(kernels, model, torch.float32, torch.device("cpu")) == kernels
+    for page_dtype in (None, INT8):
+        assert checked(kernels, model, torch.float32, torch.device("cpu"), page_dtype) == kernels
     assert not caplog.records

@@ -21,14 +21,17 @@ def make_cache(
     num_pages: int = 64,
     num_slots: int = 4,
     max_length: int = 448,
+    host_pages: int = 0,
+    host_columns: int = 0,
     model: ModelInfo | None = None,
     states: StateRegistry | None = None,
+    device: torch.device = CPU,
 ) -> KVCache:
     return KVCache(
         model or make_model(),
-        CacheSize(num_pages, num_slots, max_length),
+        CacheSize(num_pages, num_slots, max_length, host_pages, host_columns),
         dtype=torch.float32,
-        device=CPU,
+        device=device,
         states=states or StateRegistry(),
     )
 
@@ -83,6 +86,7 @@ def view_of(k: Tensor, v: Tensor) -> KeyView:
     return KeyView(
         k_pool=pools[0],
         v_pool=pools[1],
+        dtype=pools[0].dtype,
         pages=pages,
         num_tokens=length,
         num_held=torch.full((heads,), length, dtype=torch.int32),

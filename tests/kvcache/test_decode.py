@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kvcache.decode
-from kvcache.decode import DECODE_METHODS, attend_rows
+from kvcache.decode import Full, attend_rows
 from kvcache.pool import pages_for
 
 MIXED = [[0, 1], [63, 64], [65, 200]]  # tokens held by [sequence][KV head]
@@ -118,5 +118,4 @@ def test_more_held_than_there_are_pages_is_our_mistake() -> None:
 
 
 def test_full_reads_all_that_is_held() -> None:
-    method = DECODE_METHODS["full"]()
-    assert method.select(0, torch.empty(1, 1, 1), lambda: torch.empty(0), None, None) is None  # type: ignore[arg-type]
+    assert Full().select(0, None, None, None) is None  # type: ignore[arg-type]

@@ -38,11 +38,12 @@ class SharingDriver(Driver):
     def admit(self) -> bool:
         text, pin = self.new_text(), self.random.random() < 0.7
         keys = chain_keys(b"seed", text)
-        chain = self.cache.prefix.find(keys, text)[: self.random.randint(1, 6)]
+        chain = self.find(keys, text)[: self.random.randint(1, 6)]
         pages = ROWS * self.random.randint(chain.size + 1, 8)
-        if not self.cache.can_admit(pages, columns=chain if pin else chain[:0]):
+        most, pinned = pages + self.more(), chain if pin else chain[:0]
+        if not self.cache.can_admit(pages, most=most, columns=pinned):
             return False
-        slot = self.cache.admit(pages, columns=chain if pin else chain[:0])
+        slot = self.cache.admit(pages, most=most, columns=pinned)
         self.texts[slot], self.pins[slot] = text, pin
         left = np.array([self.random.random() < 0.2 for _ in range(ROWS * chain.size)], dtype=bool)
         left = left.reshape(LAYERS, HEADS, chain.size)
@@ -57,6 +58,13 @@ class SharingDriver(Driver):
         self.sequences[slot] = Sequence(rows, computed=64 * chain.size)
         self.hits += chain.size
         return True
+
+    def find(self, keys: list[bytes], text: np.ndarray) -> np.ndarray:
+        return self.cache.prefix.find(keys, text)
+
+    def more(self) -> int:
+        """Pages that a new sequence may grow to beside what it is promised."""
+        return 0
 
     def publish(self) -> bool:
         slot = self.pick(packed=False)
@@ -111,6 +119,9 @@ class SharingDriver(Driver):
             self.texts.pop(slot, None)
         return done
 
+    def can_fork(self, slot: int, pages: int, count: int) -> bool:
+        return self.cache.can_admit(pages, slots=count)
+
     def fork(self) -> bool:
         slot = self.pick()
         if slot is None or self.cache.promises._families[slot] is not None:
@@ -119,7 +130,7 @@ class SharingDriver(Driver):
         partial = sum(len(row) % 64 > 0 for row in one.rows)
         own = partial + ROWS if pin else sum(-(-len(row) // 64) for row in one.rows) + ROWS
         count = self.random.randint(1, 2)
-        if not self.cache.can_admit(count * own, slots=count):
+        if not self.can_fork(slot, count * own, count):
             return False
         forks = [self.cache.admit(own) for _ in range(count)]
         self.cache.fork(slot, forks, pin=pin)

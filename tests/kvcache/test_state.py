@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from kvcache.state import StateRegistry
-from tests.kvcache.builders import CPU, make_cache
+from engine.rope import Rotation
+from kvcache.state import NewKeys, StateRegistry, Upkeep
+from tests.kvcache.builders import CPU, filled, make_cache
 
 
 def test_state_has_the_declared_shape_for_every_page_and_slot() -> None:
@@ -63,10 +65,54 @@ def test_declaring_after_the_cache_was_made_is_our_mistake() -> None:
         states.allocate(1, 1, CPU)
 
 
-def test_compaction_refuses_page_state_that_it_would_leave_wrong() -> None:
+def store_last(state: Tensor, new: NewKeys) -> None:
+    state[new.destinations[:, -1] // 64] = new.k[:, -1]
+
+
+def store_first(state: Tensor, pages: Tensor, keys: Tensor, counts: Tensor) -> None:
+    state[pages] = keys[:, 0] * counts[:, None]
+
+
+def test_upkeep_hears_of_all_that_is_written_and_of_compacted_pages() -> None:
     states = StateRegistry()
-    states.page_state("gate", (4,))
+    states.page_state("known", (4,), upkeep=Upkeep(store_last, store_first))
+    states.page_state("alone", (1,))
+    assert states.is_kept_up and not states.follows_compaction  # nobody could rebuild "alone"
     cache = make_cache(states=states)
-    slot = cache.admit(4)
-    with pytest.raises(AssertionError, match="rebuilt"):
-        cache.compact(slot, torch.ones(2, 2, 0, dtype=torch.bool))
+    slot, k, _ = filled(cache, 100)
+    pages = cache.table.device[slot]
+    for layer in range(2):
+        new = NewKeys(
+            layer, k[layer], cache.prefill_destinations(slot, 0, 100)[layer], torch.arange(100), None, True
+        )
+        cache.keep_up(new)
+    assert torch.equal(states.of_pages("known")[pages[:, :, 1].long()], k[:, :, 99])
+    keep = torch.zeros(2, 2, 100, dtype=torch.bool)
+    keep[:, :, 7:77] = True
+    cache.compact(slot, keep)
+    pages = cache.table.device[slot]
+    assert torch.equal(states.of_pages("known")[pages[:, :, 0].long()], k[:, :, 7] * 64)
+    assert torch.equal(states.of_pages("known")[pages[:, :, 1].long()], k[:, :, 71] * 6)
+
+
+def test_a_registry_includes_what_another_declared() -> None:
+    states, other = StateRegistry(), StateRegistry()
+    states.page_state("gate", (4,))
+    other.page_state("gate", (4,))
+    other.slot_state("age", (2,))
+    states.include(other)
+    assert (states.page_bytes, states.slot_bytes) == (16, 8)
+    conflicting = StateRegistry()
+    conflicting.page_state("gate", (8,))
+    with pytest.raises(ValueError, match="'gate'"):
+        states.include(conflicting)
+
+
+def test_new_keys_are_taken_back_to_before_rope_in_both_layouts() -> None:
+    rotation = Rotation(1e4 ** (-torch.arange(0, 4, 2) / 4), 1.0, interleaved=False)
+    k, positions = torch.randn(2, 5, 4), torch.arange(5) + 3
+    turned, nowhere = rotation.apply(k, positions), torch.zeros(2, 5, dtype=torch.int64)
+    chunk = NewKeys(0, turned, nowhere, positions, rotation, is_chunk=True)
+    step = NewKeys(0, turned.transpose(0, 1), nowhere.T, positions, rotation, is_chunk=False)
+    torch.testing.assert_close(chunk.pre_rope(), k, atol=1e-5, rtol=0)  # fp32
+    torch.testing.assert_close(step.pre_rope(), k.transpose(0, 1), atol=1e-5, rtol=0)

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from configs.features import NO_FEATURES, Features
+from configs.quantised import INT8, quantise
+from kvcache.decode import RowSelection
+from kvcache.decode import attend_rows as attend_rows_in_torch
 from kvcache.kernels import triton_decode
 from kvcache.kernels.triton_decode import attend_rows
 from tests.kvcache.test_decode import make_rows
+from tests.kvcache.test_row_selection import expected, poisoned, selection_of, some_units
 
 # the interpreter of Triton 3.6, over loop bounds that a kernel has loaded
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -50,10 +54,17 @@ def plain(rows: Rows, features: Features = NO_FEATURES) -> tuple[Tensor, Tensor]
     return out, lse
 
 
-def run(rows: Rows, features: Features = NO_FEATURES) -> tuple[Tensor, Tensor]:
+def run(
+    rows: Rows, features: Features = NO_FEATURES, selection: RowSelection | None = None
+) -> tuple[Tensor, Tensor]:
     q, *others = (x.to(DEVICE) for x in rows)
+    if selection is not None:
+        selection = RowSelection(selection.ids.to(DEVICE), selection.counts.to(DEVICE), selection.unit)
     lse = torch.full(q.shape[:2], float("nan"), device=DEVICE)
-    out = attend_rows(q, *others, scale=SCALE, max_held=int(rows[4].max()), features=features, lse=lse)
+    longest = int(rows[4].max())
+    out = attend_rows(
+        q, *others, scale=SCALE, max_held=longest, features=features, selection=selection, lse=lse
+    )
     assert out.dtype == q.dtype
     return out.cpu(), lse.cpu()
 
@@ -125,6 +136,39 @@ def test_features_follow_their_formulae(
     expect(make_rows([[0, 330]], 3, 16, poison=math.nan), FEATURES[feature]())
 
 
+@pytest.mark.parametrize(("unit", "dtype"), [(16, torch.float32), (64, torch.float32), (16, torch.bfloat16)])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_exactly_the_named_units_are_read(
+    unit: int, dtype: torch.dtype, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_split:
+        split_rows(monkeypatch)
+    held = [[0, 1], [15, 16], [17, 63], [65, 330]]
+    q, k, v, *others = make_rows(held, 3, 16, poison=math.nan)
+    read = some_units(others[1], unit)
+    features = Features(None, 2.0, torch.tensor([-1.0, 0.0, 2.0, 5.0, 0.5, -3.0], device=DEVICE))
+    rows = poisoned((q, k, v, *others), read, unit)
+    rows = (q.to(dtype), rows[1].to(dtype), rows[2].to(dtype), rows[3], rows[4])
+    for own in (NO_FEATURES, features):
+        found = run(rows, own, selection_of(read, unit))[0]
+        wanted = expected(rows, read, unit, own, SCALE)
+        torch.testing.assert_close(found.double(), wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("unit", [16, 64])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_naming_everything_equals_full_bit_for_bit(
+    unit: int, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_split:
+        split_rows(monkeypatch)
+    rows = make_rows(EDGES, 3, 16, poison=math.nan)
+    units = -(-rows[4] // unit)
+    everything = selection_of(torch.arange(int(units.max())) < units.unsqueeze(-1), unit)
+    for found, full in zip(run(rows, selection=everything), run(rows), strict=True):
+        assert torch.equal(found, full)
+
+
 def test_parts_of_very_different_weight_are_merged_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
     split_rows(monkeypatch)
     q, k, v, pages, held = make_rows([[640]], 3, 64)
@@ -165,3 +209,27 @@ def test_pages_past_two_billion_elements_are_read() -> None:
     out = attend_rows(q.to(DEVICE), pool, pool, pages.to(DEVICE), held.to(DEVICE), scale=SCALE, max_held=100)
     small = (q, tokens, tokens, torch.tensor([[[0, 1]]], dtype=torch.int32), held)
     torch.testing.assert_close(out.cpu().double(), plain(small)[0], atol=3e-3, rtol=3e-3)  # fp16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", [None, 16])
+def test_codes_are_read_as_what_they_mean(dtype: torch.dtype, unit: int | None) -> None:
+    """Scales of what no row holds are NaN."""
+    q, k, v, pages, held = make_rows(EDGES, 3, 20, poison=math.nan)
+    (k, k_scales), (v, v_scales) = quantise(k, INT8), quantise(v, INT8)
+    rows = (q.to(dtype), k, v, pages, held)
+    selection = None if unit is None else selection_of(some_units(held, unit), unit)
+    wanted = attend_rows_in_torch(
+        *rows, scale=SCALE, max_held=330, selection=selection, k_scales=k_scales, v_scales=v_scales
+    )
+    if selection is not None:
+        selection = RowSelection(selection.ids.to(DEVICE), selection.counts.to(DEVICE), selection.unit)
+    found = attend_rows(
+        *(x.to(DEVICE) for x in rows),
+        scale=SCALE,
+        max_held=330,
+        selection=selection,
+        k_scales=k_scales.to(DEVICE),
+        v_scales=v_scales.to(DEVICE),
+    )
+    torch.testing.assert_close(found.cpu(), wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])

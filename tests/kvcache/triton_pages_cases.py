@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.quantised import FP8, INT8
 from kvcache import compaction
 from kvcache.kernels.triton_compact import move_kept
 from kvcache.kernels.triton_store import store
+from kvcache.moves import store as store_in_torch
 from kvcache.pool import PagePool, pages_for
 from kvcache.state import StateRegistry
 
@@ -24,8 +26,8 @@ DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "c
 def make_pool(num_pages: int, head_dim: int, dtype: torch.dtype = torch.float32) -> PagePool:
     pool = PagePool(num_pages, head_dim, dtype=dtype, device=DEVICE, states=StateRegistry())
     generator = torch.Generator().manual_seed(1)
-    for tensor in (pool.k, pool.v):
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for tensor in pool.by_token:
+        tensor.copy_(30 * torch.randn(tensor.shape, generator=generator))
     return pool
 
 
@@ -42,6 +44,22 @@ def test_tokens_go_where_they_are_sent_and_nothing_else_changes(head_dim: int, d
     for tensor, new, expected in zip((pool.k, pool.v), (k, v), wanted, strict=True):
         expected[destinations] = new
         assert torch.equal(tensor.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_codes_and_scales_are_those_of_the_twin(head_dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    pools = [PagePool(5, head_dim, dtype=INT8, device=DEVICE, states=StateRegistry()) for _ in range(2)]
+    k, v = (torch.randn(3, 7, head_dim, device=DEVICE).to(dtype) for _ in range(2))
+    k[0, 0] = 0  # has no largest element
+    v[0, :, :2] = 127 / 2  # ties
+    v[0, :, 2:] = 127
+    destinations = torch.randperm(5 * 64, device=DEVICE)[:21].view(3, 7)
+    store(pools[0], k, v, destinations)
+    store_in_torch(pools[1], k, v, destinations)
+    for got, wanted in zip(pools[0].by_token, pools[1].by_token, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_any_strides_of_tokens_and_destinations_are_read() -> None:
@@ -83,12 +101,16 @@ KEPT = {
 
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("num_shared", [0, 2])
-@pytest.mark.parametrize("length", [200, 256])
-def test_compaction_moves_what_the_twin_moves(kept: str, num_shared: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "dtype"), [(200, torch.float32), (256, torch.float32), (200, INT8), (200, FP8)]
+)
+def test_compaction_moves_what_the_twin_moves(
+    kept: str, num_shared: int, length: int, dtype: torch.dtype
+) -> None:
     """Shared pages make new pages overlap old ones out of order."""
     torch.manual_seed(4)
     num_blocks = pages_for(length)
-    pools = [make_pool(3 * num_blocks * 2, 16) for _ in range(2)]
+    pools = [make_pool(3 * num_blocks * 2, 16, dtype) for _ in range(2)]
     keep = KEPT[kept](length)
     counts = keep.sum(1, dtype=torch.int32)
     results: list[tuple[Tensor, ...]] = []
@@ -102,9 +124,9 @@ def test_compaction_moves_what_the_twin_moves(kept: str, num_shared: int, length
             compaction.move_kept(pool, *tensors, ids)
         else:
             move_kept(pool, *tensors, ids)
-        results.append((pool.k, pool.v, ids))
+        results.append((*pool.by_token, ids))
     for got, wanted in zip(results[1], results[0], strict=True):
         assert torch.equal(got, wanted)
-    before = make_pool(3 * num_blocks * 2, 16).k
+    before = make_pool(3 * num_blocks * 2, 16, dtype).by_token[0]
     untouched = np.setdiff1d(np.arange(before.shape[0]), new)
-    assert torch.equal(pools[1].k[untouched], before[untouched])
+    assert torch.equal(pools[1].by_token[0][untouched], before[untouched])

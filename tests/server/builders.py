@@ -20,6 +20,7 @@ from engine.messages import (
     Cost,
     FinishReason,
     LayerRun,
+    Loading,
     Logprobs,
     ModelCard,
     PlanCard,
@@ -153,7 +154,9 @@ class FakeEngine:
             kv_bytes=1920,
         )
         self.is_ready = True
+        self.loading = Loading("weights", 0.25)
         self.death: str | None = None
+        self.restarts, self.replays = 2, 5
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.abort_heard = threading.Event()
@@ -184,11 +187,13 @@ class FakeEngine:
 
 
 @contextmanager
-def http_server(engine: FakeEngine, folder: Path, **config: Any) -> Iterator[str]:
+def http_server(
+    engine: FakeEngine, folder: Path, metrics: Metrics | None = None, **config: Any
+) -> Iterator[str]:
     """A real server on a free port, in a thread of its own; its base URL."""
     settings = ServerConfig(**{"shutdown_timeout": 5.0, **config})
     keys = Keys.of(settings)
-    app = build_app(engine, Tokenizer(folder), settings, Metrics(MODEL, engine), keys)
+    app = build_app(engine, Tokenizer(folder), settings, metrics or Metrics(MODEL, engine), keys)
     listener = socket.create_server(("127.0.0.1", 0))
     server = serve.http_server(app, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -202,6 +207,13 @@ def http_server(engine: FakeEngine, folder: Path, **config: Any) -> Iterator[str
         listener.close()
         assert not thread.is_alive()
     assert app.limits.is_idle, "a request was never closed"
+
+
+def routes(engine: FakeEngine, folder: Path) -> list[tuple[str, str]]:
+    """Paths and methods of the application."""
+    settings = ServerConfig()
+    inner: Any = build_app(engine, Tokenizer(folder), settings, Metrics(MODEL, engine))._app
+    return [(route.path, method) for route in inner.routes for method in sorted(route.methods - {"HEAD"})]
 
 
 def until(condition: Callable[[], Any]) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 
 from engine.errors import EngineDead, StepFailed
-from engine.messages import FinishReason, TokenOutput
+from engine.messages import FinishReason, Submit, TokenOutput
 from server.tokenizer import Tokenizer
 from tests.server.builders import (
     CONTEXT,
@@ -16,6 +17,7 @@ from tests.server.builders import (
     PATIENCE,
     FakeEngine,
     Script,
+    Step,
     chat_body,
     cost,
     events,
@@ -92,6 +94,7 @@ def test_a_chat_completion_has_openais_shape_and_says_what_it_cost(
         "farspan": {
             "plan": "sparse",
             "prefill_read_fraction": 0.25,
+            "decode_read_fraction": None,
             "attention_recall": 0.97,
             "attention_recall_p5": 0.9,
             "attention_recall_samples": 48,
@@ -100,6 +103,25 @@ def test_a_chat_completion_has_openais_shape_and_says_what_it_cost(
             "kv_bytes": 4096,
         },
     }
+
+
+@pytest.mark.parametrize("url", [CHAT, TEXT])
+def test_what_the_answer_read_is_said_when_it_ends(folder: Path, tokenizer: Tokenizer, url: str) -> None:
+    def script(submit: Submit) -> list[Step]:
+        steps = say(*ids(tokenizer, FOX))(submit)
+        return [
+            msgspec.structs.replace(step, decode_read_fraction=1 / (number + 1))
+            for number, step in enumerate(steps)
+            if isinstance(step, TokenOutput)
+        ]
+
+    last = len(ids(tokenizer, FOX))
+    make_body = chat_body if url == CHAT else text_body
+    whole = post(FakeEngine(script), folder, url, make_body()).json()
+    streamed = events(post(FakeEngine(script), folder, url, make_body(stream=True)).text)
+    for found in (whole, next(event for event in reversed(streamed) if "farspan" in event)):
+        assert found["farspan"]["decode_read_fraction"] == 1 / last
+        assert found["farspan"]["prefill_read_fraction"] == 0.25
 
 
 def test_a_text_completion_has_openais_shape(folder: Path, tokenizer: Tokenizer) -> None:
@@ -285,7 +307,8 @@ def test_readiness_follows_the_engine_and_life_does_not(folder: Path) -> None:
         assert [httpx.get(url + path).status_code for path in ("/readyz", "/health", "/livez")] == [200] * 3
         engine.is_ready = False
         loading = httpx.get(f"{url}/readyz")
-        assert loading.status_code == 503 and "loading" in loading.json()["error"]["message"]
+        assert loading.status_code == 503 and "loading: weights, 25%" in loading.json()["error"]["message"]
+        assert loading.json()["loading"] == {"phase": "weights", "fraction": 0.25, "reason": None}
         engine.death = "the engine process ended with code -9"
         for path in ("/readyz", "/health"):
             dead = httpx.get(url + path)

@@ -322,7 +322,9 @@ FIELDS: dict[str, tuple[str, dict[str, Any], int, str, str | None]] = {
     "an empty salt": (CHAT, {"cache_salt": ""}, 400, "invalid_value", "cache_salt"),
     "a long salt": (CHAT, {"cache_salt": "x" * 1025}, 400, "invalid_value", "cache_salt"),
     "a salt of numbers": (CHAT, {"cache_salt": 5}, 400, "invalid_type", "cache_salt"),
-    "priority": (CHAT, {"priority": 1}, 400, "unsupported_parameter", "priority"),
+    "a priority of 2**31": (CHAT, {"priority": 2**31}, 400, "invalid_value", "priority"),
+    "a priority of 0.5": (CHAT, {"priority": 0.5}, 400, "invalid_type", "priority"),
+    "a priority in words": (CHAT, {"priority": "high"}, 400, "invalid_type", "priority"),
     "an echo of a chat": (CHAT, {"echo": True}, 400, "unsupported_parameter", "echo"),
     "no answer and no echo": (TEXT, {"max_tokens": 0}, 400, "invalid_value", None),
     "a tool without a function": (
@@ -589,7 +591,7 @@ def test_a_wrong_method_is_refused_in_the_envelope(
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat/completions/", "//v1/completions", "/docs", "/openapi.json"]
+    "path", ["/index.html", "/v1", "/v1/chat/completions/", "//v1/completions", "/docs/", "/redoc"]
 )
 def test_a_wrong_url_is_refused_in_the_envelope(running: Running, path: str) -> None:
     refused(running, running.client.get(f"{running.client.base_url}{path}"), 404, "unknown_url")

@@ -1,22 +1,27 @@
 """The command: configuration is refused with exit code 2 and one clear message, before anything is loaded."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from kvcache.decode import DECODE_METHODS
+from configs.loading import load_plan, shipped_plans
+from engine.plans import spelled_out
+from kvcache.decode_methods import DECODE_METHODS
 from kvcache.policies import KV_POLICIES
 from server.cli import app
 from server.shadowing import ROOT, ShadowedPackage, refuse_shadowed_packages
 from sparse.methods import PREFILL_METHODS
 from tests.server.builders import save_tokenizer
-from tests.tiny import save_tiny
+from tests.tiny import greedy, make_prompt, plan, save_tiny, tiny_engine
 
 PATIENCE = 120  # seconds
 
@@ -92,7 +97,7 @@ def test_plan_check_shows_what_each_layer_does(tmp_path: Path, monkeypatch: pyte
     shown = farspan("plan", "check", "mine.yaml", "--model", "./tiny")
     assert shown.exit_code == 0, shown.output
     assert "mine" in shown.stdout and "1-2" in shown.stdout and "MInference" in shown.stdout
-    assert "KV cache of a prompt of 8192 tokens" in shown.stdout
+    assert "7,936" in shown.stdout and "8,192" in shown.stdout and "×64" in shown.stdout
     assert "dense below auto (measured at start)" in shown.stdout
 
 
@@ -112,6 +117,71 @@ def test_plan_check_says_what_is_wrong_with_a_plan(
     Path("mine.yaml").write_text(plan)
     ended = farspan("plan", "check", "mine.yaml", "--model", "./tiny")
     assert ended.exit_code == 2 and words in ended.stderr, ended.output
+
+
+def test_plan_show_prints_a_plan_that_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in shipped_plans():
+        shown = farspan("plan", "show", name)
+        assert shown.exit_code == 0, shown.output
+        if name not in ("moa-smollm2", "seerattention"):  # name a file beside them
+            Path("copy.yaml").write_text(shown.stdout)
+            assert spelled_out(load_plan("copy.yaml")) == spelled_out(load_plan(name)), name
+    assert yaml.safe_load(farspan("plan", "show", "snapkv").stdout)["kv"]["query_window"] == 32
+    assert json.loads(farspan("plan", "show", "snapkv", "--json").stdout)["kv"]["budget"] == 1024
+
+
+def test_plan_show_lists_what_is_shipped_with_what_it_does() -> None:
+    listed = json.loads(farspan("plan", "show", "--json").stdout)
+    assert sorted(listed) == shipped_plans() and all(listed.values())
+    assert "minference-snapkv" in farspan("plan", "show").stdout
+    refused = farspan("plan", "show", "snapkw")
+    assert refused.exit_code == 2 and "did you mean 'snapkv'?" in refused.stderr
+
+
+def test_plan_matrix_as_json_has_every_cell() -> None:
+    cells = json.loads(farspan("plan", "matrix", "--json").stdout)
+    assert set(cells["prefill"]) == set(PREFILL_METHODS) and set(cells["decode"]) == set(DECODE_METHODS)
+    assert cells["prefill"]["dense"]["snapkv"] == "page, copied"
+
+
+@pytest.mark.parametrize("policy", [{"policy": "keep_all"}, {"policy": "snapkv", "budget": 256}])
+def test_plan_check_predicts_what_live_sequences_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any]
+) -> None:
+    """Three sequences answer at once; /metrics shows `kv_bytes` of the engine's stats."""
+    save_tokenizer(save_tiny(tmp_path / "tiny"))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump({"kv": policy}))
+    flags = ("--prompt", "1000", "--answer", "64", "--concurrency", "3", "--dtype", "float32", "--json")
+    found = json.loads(farspan("plan", "check", "mine.yaml", "--model", "./tiny", *flags).stdout)
+    (memory,) = found["memory"]
+
+    tiny = tiny_engine(plan("mine", kv=policy))
+    held = []
+    for number in range(3):
+        tiny.submit(f"request {number}", make_prompt(1000, seed=number), greedy(64))
+    while tiny.engine.has_work:
+        stats = tiny.engine.step().stats
+        if stats.running == 3:
+            held.append(stats.kv_bytes)
+    assert memory["answering_bytes"]["3"] == pytest.approx(held[-1], rel=0.05)
+    assert 3 * memory["computing_bytes"] >= max(held)
+
+
+def test_plan_check_says_how_many_fit_and_refuses_prompts_that_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tokenizer(save_tiny(tmp_path / "tiny"))
+    monkeypatch.chdir(tmp_path)
+    flags = ("--model", "./tiny", "--dtype", "float32")
+    shown = farspan("plan", "check", "dense", *flags, "--kv-cache-memory-bytes", "16MiB", "--json")
+    longest = json.loads(shown.stdout)["memory"][-1]
+    assert longest["total_tokens"] == 8192
+    assert longest["sequences_that_fit"] == 16 * 2**20 // longest["answering_bytes"]["1"]
+    for length, words in (("9000", "context of 8192"), ("plenty", "'plenty' is not a number")):
+        refused = farspan("plan", "check", "dense", *flags, "--prompt", length)
+        assert refused.exit_code == 2 and words in refused.stderr, refused.output
 
 
 def test_the_serving_process_never_imports_torch() -> None:

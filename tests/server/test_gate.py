@@ -54,16 +54,21 @@ def open_server(folder: Path) -> Iterator[str]:
 
 
 PATHS = [
-    *("/v1/models", "/v1/models/tiny", "/metrics", CHAT, TEXT, "/", "/v1", "//v1/models", "/v1/models/"),
+    *("/v1/models", "/v1/models/tiny", "/metrics", CHAT, TEXT, "/stats", "/v1", "//v1/models", "/v1/models/"),
     *(
         "/livez/",
         "/LIVEZ",
         "//livez",
         "/livez/../v1/models",
-        "/docs",
-        "/openapi.json",
+        "/docs/",
+        "/redoc",
         "/nowhere",
         "/%6civez/x",
+        "/page",
+        "/page/",
+        "/page/index.html",
+        "/page/../metrics",
+        "/index.html",
     ),
 ]
 WRONG: dict[str, list[tuple[str, str]]] = {

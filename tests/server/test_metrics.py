@@ -1,23 +1,28 @@
 """What /metrics shows is what happened, under the names that dashboards know."""
 
 from pathlib import Path
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import StepFailed
-from engine.messages import Outputs, Stats
-from server.metrics import Metrics
+from engine.messages import FinishReason, LayerRun, Outputs, Stats, TokenOutput
+from server.metrics import OF_VLLM, Metrics
 from tests.server.builders import (
     MODEL,
     PATIENCE,
     FakeEngine,
+    Script,
     chat_body,
+    cost,
     http_server,
     say,
     then,
+    until,
 )
 
 CHAT = "/v1/chat/completions"
@@ -43,8 +48,20 @@ def test_levels_are_the_engines(folder: Path) -> None:
     assert found["farspan:num_requests_waiting"] == 1
     assert found["farspan:kv_cache_usage_perc"] == 0.3
     assert found["farspan:kv_cache_bytes"] == 1920
+    assert found["farspan:engine_restarts_total"] == 2
+    assert found["farspan:requests_replayed_total"] == 5
     states = {"free": 60, "cached": 10, "borrowed": 5, "private": 25}
     assert {state: found[f"farspan:kv_pages{{state={state}}}"] for state in states} == states
+
+
+def test_swaps_are_the_engines(folder: Path) -> None:
+    engine = FakeEngine(say(5))
+    engine.stats = Stats(swapped=1, swaps_out=4, swaps_in=3, pages_host=7, host_hits=640)
+    with http_server(engine, folder) as url:
+        found = samples(httpx.get(f"{url}/metrics").text)
+    assert (found["farspan:num_requests_swapped"], found["farspan:host_pages"]) == (1, 7)
+    assert found["farspan:host_cache_hits_total"] == 640
+    assert [found[f"farspan:swaps_total{{direction={way}}}"] for way in ("out", "in")] == [4, 3]
 
 
 def test_requests_are_counted_once_each_by_how_they_ended(folder: Path) -> None:
@@ -114,3 +131,80 @@ def test_two_servers_in_one_process_do_not_mix(folder: Path) -> None:
     with http_server(FakeEngine(say(5)), folder) as one, http_server(FakeEngine(say(5)), folder) as other:
         httpx.post(one + CHAT, json=chat_body(), timeout=PATIENCE)
         assert "farspan:requests_total{plan=sparse}" not in samples(httpx.get(f"{other}/metrics").text)
+
+
+def test_names_that_vllm_has_take_its_prefix_and_ours_stay() -> None:
+    engine = FakeEngine(say(5))
+    found = samples(Metrics(MODEL, engine, "vllm").exposition().decode())
+    for name in ("num_requests_running", "time_to_first_token_seconds_count", "prompt_tokens_total"):
+        assert f"vllm:{name}" in found
+    assert "farspan:prefill_read_fraction_count" in found and "farspan:kv_cache_bytes" in found
+    exposed = {family.name for family in Metrics(MODEL, engine, "vllm").registry.collect()}
+    assert {f"vllm:{name}" for name in OF_VLLM} == {name for name in exposed if name.startswith("vllm:")}
+
+
+def test_steps_with_prompts_are_told_apart_by_context() -> None:
+    engine = FakeEngine(say(5))
+    metrics = Metrics(MODEL, engine)
+    for step, context in enumerate((1, 1024, 1025, 70_000, 2_000_000, 0), start=1):
+        metrics.on_step(Outputs((), Stats(steps=step, step_seconds=2.0, step_context=context)))
+    found = samples(metrics.exposition().decode())
+    counts = {
+        label: found[f"farspan:prefill_chunk_seconds_count{{context={label}}}"]
+        for label in ("1024", "4096", "262144", "more")
+    }
+    assert counts == {"1024": 2, "4096": 1, "262144": 1, "more": 1}
+    assert found["farspan:prefill_chunk_seconds_sum{context=1024}"] == 4.0
+
+
+def test_prompts_that_a_sparse_plan_read_densely_are_counted_by_reason(folder: Path) -> None:
+    engine = FakeEngine(say(5))
+    sparse, dense = engine.card.plans
+    everywhere = msgspec.structs.replace(dense, layers=(LayerRun(0, 3, "dense", {}),), dense_below=100)
+    engine.card = msgspec.structs.replace(engine.card, plans=(sparse, everywhere))
+
+    def costs(**changes: Any) -> Script:
+        return lambda submit: [TokenOutput(submit.request_id, (5,), FinishReason.STOP, cost(**changes))]
+
+    with http_server(engine, folder) as url:
+
+        def ask(plan: str, **changes: Any) -> None:
+            engine.script = costs(**changes)
+            httpx.post(url + CHAT, json=chat_body(plan=plan), timeout=PATIENCE)
+
+        ask("sparse")
+        ask("sparse", floored_chunks=2)
+        engine.card = msgspec.structs.replace(
+            engine.card, plans=(msgspec.structs.replace(sparse, dense_below=21), everywhere)
+        )
+        ask("sparse")
+        ask("dense")
+        found = samples(httpx.get(f"{url}/metrics").text)
+    assert found["farspan:dense_fallbacks_total{reason=recall_floor}"] == 1
+    assert found["farspan:dense_fallbacks_total{reason=short_prompt}"] == 1
+    assert found["farspan:attention_recall_p5_sum"] == pytest.approx(4 * 0.9)
+
+
+def test_refusals_for_lack_of_room_are_counted_by_reason(folder: Path) -> None:
+    engine = FakeEngine(then(say(5), None))
+    with http_server(engine, folder, max_open_requests=1, sse_keep_alive_interval=0.01) as url:
+        with httpx.stream("POST", url + CHAT, json=chat_body(stream=True), timeout=PATIENCE) as response:
+            parts = response.iter_bytes()  # dropped, it would hang up
+            next(parts)
+            assert httpx.post(url + CHAT, json=chat_body(), timeout=PATIENCE).status_code == 503
+        assert engine.abort_heard.wait(PATIENCE)
+        until(lambda: httpx.get(f"{url}/metrics").status_code == 200)
+        found = samples(httpx.get(f"{url}/metrics").text)
+    assert found["farspan:admission_rejections_total{reason=open_requests}"] >= 1
+
+
+def test_the_times_of_a_request_add_up(folder: Path) -> None:
+    with http_server(FakeEngine(say(5, 6, 7)), folder) as url:
+        httpx.post(url + CHAT, json=chat_body(max_tokens=9), timeout=PATIENCE)
+        found = samples(httpx.get(f"{url}/metrics").text)
+    decoding = found["farspan:request_decode_time_seconds_sum"]
+    assert found["farspan:request_time_per_output_token_seconds_sum"] == pytest.approx(decoding / 2)
+    assert found["farspan:request_inference_time_seconds_sum"] == pytest.approx(decoding + 2.0)
+    assert found["farspan:inter_token_latency_seconds_sum"] == pytest.approx(decoding)
+    assert found["farspan:request_prefill_kv_computed_tokens_sum"] == 20 - 4
+    assert found["farspan:request_params_n_sum"] == 1 and found["farspan:request_params_max_tokens_sum"] == 9

@@ -73,7 +73,8 @@ def test_every_sampling_parameter_reaches_the_engine(running: Running) -> None:
             min_tokens=2,
             max_tokens=5,
         )
-        running.post(path, logit_bias={"7": -100, "299": 1.5}, **asked)
+        running.post(path, logit_bias={"7": -100, "299": 1.5}, priority=-3, **asked)
+        assert running.heard.priority == -3
         sampling = running.heard.sampling
         assert {name: getattr(sampling, name) for name in asked} == asked
         assert sampling.logit_bias == ((7, -100.0), (299, 1.5))

@@ -44,10 +44,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(model: Path, folder: Path) -> Iterator[Server]:
+def started(model: Path, folder: Path, *more: str) -> Iterator[Server]:
     """`farspan serve`, from another folder, until its ready line; killed at the end if it still runs."""
     (folder / "short.yaml").write_text("kv: {policy: snapkv, budget: 64}\n")
     arguments = ["--port", "0", "--plan", "dense", "--plan", "short.yaml", "--kv-cache-memory-bytes", "16MiB"]
+    arguments += more
     process = subprocess.Popen(
         [sys.executable, "-m", "server.cli", "serve", str(model), *arguments, "--threads", "1"],
         cwd=folder,
@@ -86,6 +87,9 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(model: Path, tmp_path
         assert "farspan:kv_cache_bytes" in httpx.get(f"{server.url}/metrics").text
 
         engine = server.engine()
+        own = psutil.Process(server.process.pid).net_connections() + engine.net_connections()
+        listening = [one.laddr for one in own if one.status == psutil.CONN_LISTEN]
+        assert [(one.ip, one.port) for one in listening] == [("127.0.0.1", int(server.url.split(":")[-1]))]
         body = {"model": "tiny", "messages": MESSAGES, "stream": True, "ignore_eos": True, "max_tokens": 400}
         with httpx.stream("POST", server.url + CHAT, json=body, timeout=PATIENCE) as response:
             parts = response.iter_text()
@@ -99,21 +103,33 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(model: Path, tmp_path
         assert [path.name for path in tmp_path.iterdir()] == ["short.yaml"]
 
 
-def test_a_server_whose_engine_died_says_so_and_stays(model: Path, tmp_path: Path) -> None:
-    with started(model, tmp_path) as server:
-        engine = server.engine()
-        with httpx.stream(
-            "POST",
-            server.url + CHAT,
-            json={"model": "tiny", "messages": MESSAGES, "stream": True, "ignore_eos": True},
-            timeout=PATIENCE,
-        ) as response:
+def test_a_stream_survives_its_engine_and_a_server_whose_engine_dies_too_often_says_so(
+    model: Path, tmp_path: Path
+) -> None:
+    with started(model, tmp_path, "--engine-restarts", "1") as server:
+        undisturbed = ask(server, ignore_eos=True, max_tokens=200).json()["choices"][0]["message"]["content"]
+        body = {"model": "tiny", "messages": MESSAGES, "stream": True, "ignore_eos": True, "temperature": 0}
+        request = {"url": server.url + CHAT, "json": body | {"max_tokens": 200}, "timeout": 4 * PATIENCE}
+        with httpx.stream("POST", **request) as response:  # type: ignore[arg-type]
             parts = response.iter_text()
             text = next(parts)
-            engine.kill()
+            server.engine().kill()
+            until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+            loading = httpx.get(f"{server.url}/readyz").json()
+            assert loading["loading"]["reason"] == "the engine process ended with code -9"
+            text += "".join(parts)
+        replies = events(text)
+        assert "".join(reply["choices"][0]["delta"].get("content", "") for reply in replies) == undisturbed
+        assert replies[-1]["farspan"]["plan"] == "dense"
+        assert "farspan:requests_replayed_total" in httpx.get(f"{server.url}/metrics").text
+
+        with httpx.stream("POST", **request) as response:  # type: ignore[arg-type]
+            parts = response.iter_text()
+            text = next(parts)
+            server.engine().kill()
             text += "".join(parts)
         assert events(text)[-1]["error"]["code"] == "engine_unavailable"
-        until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        assert "died 2 times" in httpx.get(f"{server.url}/readyz").json()["error"]["message"]
         refused = ask(server)
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert httpx.get(f"{server.url}/livez").status_code == 200

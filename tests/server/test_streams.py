@@ -13,6 +13,7 @@ from tests.server.builders import (
     PATIENCE,
     FakeEngine,
     chat_body,
+    events,
     http_server,
     say,
     text_body,
@@ -129,3 +130,14 @@ def test_an_engine_that_falls_silent_for_good_is_an_error_not_an_empty_answer(fo
     with http_server(engine, folder) as url:
         response = httpx.post(url + CHAT, json=chat_body(), timeout=PATIENCE)
     assert response.status_code == 500 and response.json()["error"]["code"] == "engine_error"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_every_chunk_says_the_usage_so_far_where_asked(folder: Path, path: str) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    body = chat_body(**options) if "chat" in path else text_body(**options)
+    with http_server(FakeEngine(say(70, 71, 72)), folder) as url:
+        chunks = events(httpx.post(url + path, json=body, timeout=PATIENCE).text)
+    said = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert said == sorted(said) and {1, 2, 3} <= set(said) and said[-1] == 3
+    assert len({chunk["usage"]["prompt_tokens"] for chunk in chunks}) == 1

@@ -11,9 +11,10 @@ import openai
 import pytest
 
 from engine.messages import FinishReason
+from server.calls_in_text import ToolCall
 from server.speech import Said, Speech
 from server.tokenizer import Tokenizer
-from server.toolcalls import ForcedCalls, HermesCalls, LlamaCalls, ToolCall, ToolParser
+from server.toolcalls import ForcedCalls, HermesCalls, LlamaCalls, ToolParser
 from tests.server.builders import (
     MODEL,
     PATIENCE,
@@ -66,11 +67,16 @@ def taken_apart(make: Callable[[], Speech], text: str, size: int) -> list[tuple[
     found: list[tuple[str, Any]] = []
     for part in said + speech.flush():
         if part.call is not None:
-            found.append(("call", {"name": part.call.name, "arguments": json.loads(part.call.arguments)}))
+            found.append(("call", {"name": part.call.name, "arguments": part.call.arguments}))
+        elif part.kind == "arguments":
+            found[-1][1]["arguments"] += part.text
         elif found and found[-1][0] == part.kind:
             found[-1] = (part.kind, found[-1][1] + part.text)
         else:
             found.append((part.kind, part.text))
+    for kind, what in found:
+        if kind == "call":
+            what["arguments"] = json.loads(what["arguments"])
     return found
 
 
@@ -120,7 +126,37 @@ CASES: dict[str, tuple[Callable[[], ToolParser], str, list[tuple[str, Any]]]] = 
     "a forced list cut off": (
         lambda: ForcedCalls(NAMES, None),
         '[{"name": "find"',
-        [("content", '[{"name": "find"')],
+        [("content", '{"name": "find"')],
+    ),
+    "a tag in an argument": (
+        lambda: HermesCalls(NAMES),
+        hermes({"name": "find", "arguments": {"what": '</tool_call>"{<'}}, ADD),
+        [("call", {"name": "find", "arguments": {"what": '</tool_call>"{<'}}), ("call", ADD)],
+    ),
+    "quoted arguments": (
+        lambda: HermesCalls(NAMES),
+        hermes({"name": "find", "arguments": json.dumps(FIND["arguments"])}),
+        [("call", FIND)],
+    ),
+    "the name at the end": (
+        lambda: HermesCalls(NAMES),
+        hermes({"arguments": FIND["arguments"], "name": "find"}),
+        [("call", FIND)],
+    ),
+    "no arguments": (
+        lambda: LlamaCalls(NAMES),
+        '{"name": "find"}; ' + llama(ADD),
+        [("call", {"name": "find", "arguments": {}}), ("call", ADD)],
+    ),
+    "text after Llama's call": (
+        lambda: LlamaCalls(NAMES),
+        llama(ADD) + " and so on",
+        [("call", ADD), ("content", "and so on")],
+    ),
+    "an unknown one of Llama's calls": (
+        lambda: LlamaCalls(["find"]),
+        llama(FIND, ADD),
+        [("call", FIND), ("content", llama(ADD))],
     ),
     "a named call": (
         lambda: ForcedCalls(NAMES, "find"),
@@ -211,11 +247,12 @@ def test_tools_reach_the_template_and_calls_the_client(tooled: Path) -> None:
         ) as stream:
             chunks = list(stream)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "I look."
-        streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-        assert [(call.index, call.function and call.function.name) for call in streamed] == [
-            (0, "find"),
-            (1, "add"),
-        ]
+        streamed: Any = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        first = [call for call in streamed if call.id]
+        assert [(call.index, call.function.name) for call in first] == [(0, "find"), (1, "add")]
+        assert len(streamed) > len(first), "arguments come in pieces"
+        said = ["".join(c.function.arguments for c in streamed if c.index == index) for index in (0, 1)]
+        assert [json.loads(one) for one in said] == [{"what": "the fox"}, {"a": 1}]
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
@@ -248,8 +285,10 @@ def test_a_forced_call_is_forced_by_a_grammar(
             response = httpx.post(url + CHAT, json=body, timeout=PATIENCE)
             replies = events(response.text) if stream else [response.json()]
             parts = [reply["choices"][0]["delta" if stream else "message"] for reply in replies]
-            (found,) = [found for part in parts for found in part.get("tool_calls") or []]
-            assert (found["function"]["name"], json.loads(found["function"]["arguments"])) == call
+            found, *more = [found for part in parts for found in part.get("tool_calls") or []]
+            arguments = "".join(one["function"]["arguments"] for one in (found, *more))
+            assert (found["function"]["name"], json.loads(arguments)) == call
+            assert bool(more) == stream and not any("id" in one for one in more)
             assert replies[-1]["choices"][0]["finish_reason"] == reason
             assert not any(part.get("content") for part in parts)
     grammar = engine.submitted[-1].sampling.grammar
@@ -296,6 +335,35 @@ def test_reasoning_has_a_field_of_its_own_where_a_template_marks_it(
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == (thought or "")
     assert "".join(delta.get("content", "") for delta in deltas) == content
+
+
+FORMATS: dict[str, tuple[Callable[[], ToolParser], str]] = {
+    "Hermes": (lambda: HermesCalls(NAMES), hermes(FIND)),
+    "Llama": (lambda: LlamaCalls(NAMES), llama(FIND)),
+    "forced": (lambda: ForcedCalls(NAMES, None), '[{"name": "find", "parameters": {"what": "the fox"}}]'),
+    "named": (lambda: ForcedCalls(NAMES, "find"), '{"what": "the fox"}'),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_arguments_come_while_they_are_said(format: str) -> None:
+    make, text = FORMATS[format]
+    speech = Speech(make())
+    said = speech.feed(text[: text.index("fox")])
+    assert [part.kind for part in said] == ["call"] and said[0].call is not None
+    assert said[0].call.arguments == '{"what": "the '
+    (more, *rest) = speech.feed(text[text.index("fox") :]) + speech.flush()
+    assert (more.kind, more.text.split("}")[0]) == ("arguments", 'fox"')
+    assert rest == []
+
+
+@pytest.mark.parametrize("broken", ['{"a": ', '{"a": </tool_call>', '{"a": "b'])
+def test_a_call_that_breaks_off_ends_with_its_answer(broken: str) -> None:
+    """Its beginning has been said by then: nothing can take that back."""
+    speech = Speech(HermesCalls(NAMES))
+    said = speech.feed('<tool_call>{"name": "find", "arguments": ' + broken) + speech.flush()
+    assert [part.call.arguments for part in said if part.call] == [broken.removesuffix("</tool_call>")]
+    assert len(said) == 1
 
 
 def test_calls_have_names_of_their_own() -> None:

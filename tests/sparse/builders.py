@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
+from configs.quantised import dequantise, quantise
 from sparse.base import Chunk
 from sparse.selection import ALL, Selection, lists_from_mask, num_query_blocks
 from tests.reference import causal
@@ -19,15 +20,37 @@ class PagedKeys:
     k_pool: Tensor
     v_pool: Tensor
     pages: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k_pool.dtype if self.k_scales is None else torch.float32
+
+    @property
+    def has_holes(self) -> bool:
+        return bool((self.pages[:, : -(-self.num_tokens // PAGE_SIZE)] < 0).any())
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
         ids = self.pages[:, : -(-self.num_tokens // PAGE_SIZE)].long()
         dropped = (ids < 0)[..., None, None]
         k, v = (
             pool[ids.clamp_min(0)].masked_fill(dropped, 0).flatten(1, 2)[:, : self.num_tokens]
-            for pool in (self.k_pool, self.v_pool)
+            for pool in self._meanings()
         )
         return k, v
+
+    def quantised(self, dtype: torch.dtype) -> "PagedKeys":
+        """The same pages as codes; the scales of what is not filled are NaN."""
+        (k, k_scales), (v, v_scales) = quantise(self.k_pool, dtype), quantise(self.v_pool, dtype)
+        return PagedKeys(self.num_tokens, k, v, self.pages, k_scales, v_scales)
+
+    def _meanings(self) -> tuple[Tensor, Tensor]:
+        if self.k_scales is None or self.v_scales is None:
+            return self.k_pool, self.v_pool
+        return dequantise(self.k_pool, self.k_scales, self.dtype), dequantise(
+            self.v_pool, self.v_scales, self.dtype
+        )
 
 
 def make_keys(k: Tensor, v: Tensor, seed: int = 0) -> PagedKeys:

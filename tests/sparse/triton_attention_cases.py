@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.features import NO_FEATURES, Features
+from configs.quantised import INT8
 from sparse.attention import Attended
 from sparse.attention import attend as twin
 from sparse.base import Chunk
@@ -35,7 +36,8 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 
 def on_device(keys: PagedKeys) -> PagedKeys:
-    return PagedKeys(keys.num_tokens, keys.k_pool.to(DEVICE), keys.v_pool.to(DEVICE), keys.pages.to(DEVICE))
+    tensors = (keys.k_pool, keys.v_pool, keys.pages, keys.k_scales, keys.v_scales)
+    return PagedKeys(keys.num_tokens, *(None if x is None else x.to(DEVICE) for x in tensors))
 
 
 def selection_on_device(selection: Selection) -> Selection:
@@ -299,3 +301,20 @@ def test_features_follow_their_formulae(feature: str, is_dense: bool) -> None:
     sinks = None if features.sinks is None else features.sinks.cpu()
     expected = Features(features.window, features.softcap, sinks)
     expect(got, *featured_attention(q, k, v, mask, 250, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_lists", "query_block", "unit"), [(None, 64, None), (2, 64, 8), (6, 128, 1)])
+def test_codes_are_read_as_what_they_mean(
+    dtype: torch.dtype, num_lists: int | None, query_block: int, unit: int | None
+) -> None:
+    """Scales of what was never written are NaN."""
+    q, k, v = make_qkv(250, 70, 6, 2, 20)
+    q, keys, chunk = q.to(dtype), make_keys(k, v).quantised(INT8), make_chunk(250, 70)
+    selection, mask = dense(torch.device("cpu")), causal(250, 70)[None]
+    if num_lists is not None:
+        selection = random_selection(chunk, num_lists, query_block, unit)
+        mask = selected_mask(selection, chunk)
+    got = run(q, keys, chunk, selection)
+    for found, wanted in zip((got.out, got.lse), reference(q, *keys.contiguous(), mask), strict=True):
+        torch.testing.assert_close(found.double(), wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])

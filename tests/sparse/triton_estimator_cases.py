@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.quantised import INT8
 from sparse.estimator import Estimate
 from sparse.estimator import estimate as twin
 from sparse.kernels import triton_estimator
@@ -24,7 +25,8 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 
 def run(q: Tensor, first: int, keys: PagedKeys) -> Estimate:
-    moved = PagedKeys(keys.num_tokens, *(x.to(DEVICE) for x in (keys.k_pool, keys.v_pool, keys.pages)))
+    tensors = (keys.k_pool, keys.v_pool, keys.pages, keys.k_scales, keys.v_scales)
+    moved = PagedKeys(keys.num_tokens, *(None if x is None else x.to(DEVICE) for x in tensors))
     got = estimate(q.to(DEVICE), first, moved, scale=SCALE)
     assert got.out.dtype == q.dtype and got.lse.dtype == got.columns.dtype == torch.float32
     return Estimate(*(x.cpu() for x in (got.columns, got.diagonals, got.out, got.lse)))
@@ -105,3 +107,9 @@ def test_the_same_rows_give_the_same_bits_in_any_strides() -> None:
         got = run(strided, 70, keys)
         assert torch.equal(got.columns, want.columns) and torch.equal(got.diagonals, want.diagonals)
         assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)
+
+
+def test_codes_are_read_as_what_they_mean() -> None:
+    q, k, v = make_qkv(170, 20, 4, 2)
+    codes = make_keys(k, v).quantised(INT8)
+    expect(run(q, 170, codes), q, 170, make_keys(*codes.contiguous()))

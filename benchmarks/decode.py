@@ -1,0 +1,207 @@
+"""Decode on CPU, side by side: HuggingFace, batches, a compressed cache, a part of what is held.
+
+    python -m benchmarks.decode --rounds 5
+    python -m benchmarks.decode --comparisons batch quest --model my-model
+
+Only decode steps are timed: prompts are computed before, and then the prefix cache has them.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.common import Elapsed, Timing, exit_with, interleaved_medians, print_table, write_results
+from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
+from benchmarks.variants import save_variant
+from configs.loading import load_config
+from engine.engine import Engine
+from engine.messages import Sampling, Submit
+from engine.startup import load, resolve
+
+HUGGINGFACE = "hf generate"
+STRIDE = 61  # tokens between the starts of two prompts: none is another's prefix
+WHILE_OTHERS_BEGIN = 512  # tokens that the first of a batch may generate until the last has begun
+
+
+@dataclass(frozen=True)
+class Case:
+    """One candidate of a comparison."""
+
+    name: str
+    plan: str | None  # None = HuggingFace
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates at one prompt length. The first is what the others are compared with."""
+
+    name: str
+    length: int
+    cases: tuple[Case, ...]
+    rope_scaling: str | None = None
+
+
+def comparisons(scale: int) -> list[Comparison]:
+    """Prompts of the documented lengths over `scale`: 1 to report, more to try out."""
+    kept, read = f"snapkv:kv.budget={2048 // scale}", f"quest:decode.read={max(128, 1024 // scale)}"
+    return [
+        Comparison("huggingface", 4096 // scale, (Case(HUGGINGFACE, None), Case("dense", "dense"))),
+        Comparison("batch", 2048 // scale, (Case("1 at once", "dense"), Case("8 at once", "dense", 8))),
+        Comparison("quest", 7936 // scale, (Case("full", "dense"), Case(read, read))),
+        Comparison("kept", 16128 // scale, (Case("all kept", "dense"), Case(kept, kept)), "yarn:2"),
+    ]
+
+
+class Ours:
+    """Our engine, without server."""
+
+    def __init__(self, asked: argparse.Namespace, plans: Sequence[str], most: int, rope: str | None) -> None:
+        flags = {"engine.model": asked.model, "engine.dtype": asked.dtype, "engine.threads": asked.threads}
+        flags |= {"engine.device": "cpu", "engine.rope_scaling": rope, "scheduler.max_num_seqs": most}
+        with TemporaryDirectory() as folder:
+            files = [save_variant(plan, Path(folder)) for plan in plans]
+            resolved = resolve(load_config(None, {**flags, "plans": files}))
+        self._engine: Engine
+        self._engine, _ = load(resolved)
+
+    def decode(self, plan: str, prompts: Sequence[tuple[int, ...]], steps: int) -> Elapsed:
+        """So many decode steps of all prompts together, once each has its first token."""
+        engine, extra = self._engine, 2 if len(prompts) == 1 else WHILE_OTHERS_BEGIN
+        sampling = Sampling(max_tokens=steps + extra, temperature=0.0, ignore_eos=True)
+        names = {str(number) for number in range(len(prompts))}
+        for name, prompt in zip(sorted(names, key=int), prompts, strict=True):
+            engine.submit(Submit(name, prompt, len(prompt), plan, sampling))
+        begun: set[str] = set()
+        while begun != names:
+            begun |= self._step()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            assert self._step() == names, "a sequence ended while it was timed"
+        took = Elapsed(time.perf_counter() - wall, time.process_time() - cpu)
+        for name in names:
+            engine.abort(name)
+        while engine.has_work:
+            engine.step()
+        return took
+
+    def _step(self) -> set[str]:
+        """Who got a token."""
+        outputs = self._engine.step().outputs
+        assert not any(output.error for output in outputs), outputs
+        return {output.request_id for output in outputs if output.tokens}
+
+
+class HuggingFace:
+    """transformers' generate with its dynamic cache, behind a prompt that is computed once."""
+
+    def __init__(self, folder: Path, dtype: str, prompt: tuple[int, ...]) -> None:
+        import transformers
+
+        transformers.logging.disable_progress_bar()
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).eval()
+        self._tokens = torch.tensor([prompt])
+        self._cache = transformers.DynamicCache(config=self._model.config)
+        with torch.inference_mode():
+            self._model(self._tokens[:, :-1], past_key_values=self._cache, logits_to_keep=1)
+
+    def decode(self, steps: int) -> Elapsed:
+        """So many decode steps behind the first token."""
+        clocks: list[tuple[float, float]] = []
+
+        def note(tokens: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+            clocks.append((time.perf_counter(), time.process_time()))
+            return torch.zeros(tokens.shape[0], dtype=torch.bool)
+
+        if generated := self._cache.get_seq_length() - self._tokens.shape[1] + 1:
+            self._cache.crop(-generated)
+        self._model.generate(
+            self._tokens,
+            attention_mask=torch.ones_like(self._tokens),
+            past_key_values=self._cache,
+            max_new_tokens=steps + 1,
+            min_new_tokens=steps + 1,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[note],
+        )
+        assert len(clocks) == steps + 1, f"{len(clocks)} tokens of {steps + 1}"
+        return Elapsed(clocks[-1][0] - clocks[0][0], clocks[-1][1] - clocks[0][1])
+
+
+def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison) -> list[dict[str, Any]]:
+    """All candidates of a comparison, interleaved."""
+    prompts = [text.ring(number * STRIDE, one.length) for number in range(max(c.batch for c in one.cases))]
+    plans = dict.fromkeys(case.plan for case in one.cases if case.plan is not None)
+    ours = Ours(asked, list(plans), len(prompts), one.rope_scaling)
+    runs: dict[str, Callable[[int], object]] = {}
+    for case in one.cases:
+        if case.plan is None:
+            peer = HuggingFace(folder, asked.dtype, prompts[0])
+            runs[case.name] = lambda _, peer=peer: peer.decode(asked.steps)  # type: ignore[misc]
+        else:
+            run = partial(ours.decode, case.plan, prompts[: case.batch], asked.steps)
+            runs[case.name] = lambda _, run=run: run()  # type: ignore[misc]
+    timings = interleaved_medians(runs, asked.rounds)
+    return [row(one, case, timings, asked.steps) for case in one.cases]
+
+
+def row(one: Comparison, case: Case, timings: dict[str, Timing], steps: int) -> dict[str, Any]:
+    speed = {other.name: other.batch * steps / timings[other.name].wall for other in one.cases}
+    return {
+        "comparison": one.name,
+        "length": one.length,
+        "rope_scaling": one.rope_scaling,
+        "candidate": case.name,
+        "batch": case.batch,
+        "tokens_per_second": round(speed[case.name], 3),
+        "ratio": round(
+            speed[case.name] / speed[one.cases[0].name], 4
+        ),  # of tokens/s, to the first candidate's
+        "timing": timings[case.name].json(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [one.name for one in comparisons(1)]
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--comparisons", nargs="+", choices=names, default=names)
+    parser.add_argument("--scale", type=int, default=1, help="prompts so many times shorter, to try out")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps that are timed together")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
+    parser.add_argument("--out", type=Path, help="folder of the JSON file")
+    asked = parser.parse_args(arguments)
+
+    torch.set_num_threads(asked.threads)
+    folder = model_folder(asked.model)
+    text = load_text(asked.text, load_tokenizer(folder))
+    settings = {name: getattr(asked, name) for name in ("steps", "rounds", "dtype", "threads", "scale")}
+    settings |= {"model": folder.name, "text": text.name}
+    rows: list[dict[str, Any]] = []
+    for one in comparisons(asked.scale):
+        if one.name in asked.comparisons:
+            rows += measure(asked, folder, text, one)
+            path = write_results("decode", {"settings": settings, "rows": rows}, folder=asked.out)
+    columns = ("comparison", "length", "candidate", "tokens_per_second", "ratio")
+    print_table("Decode", columns, [[row[name] for name in columns] for row in rows])
+    print(f"written: {path.name}")
+
+
+if __name__ == "__main__":
+    exit_with(main)

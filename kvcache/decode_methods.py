@@ -1,0 +1,12 @@
+"""The decode methods that a plan may name."""
+
+from configs.plugins import Plugins
+from kvcache.decode import DecodeMethod, Full
+from kvcache.quest import Quest
+from kvcache.seerattention_r import SeerAttentionR
+
+DECODE_METHODS = Plugins[DecodeMethod](
+    "farspan.decode_methods",
+    DecodeMethod,
+    {"full": Full, "quest": Quest, "seerattention_r": SeerAttentionR},
+)

@@ -1,0 +1,1 @@
+"""The commands of `farspan`, one file each. server/cli.py names them."""
