@@ -77,7 +77,10 @@ class DecodeMethod(Protocol):
         """Once, before weights load: read files, declare page and slot state. Refuses with ValueError."""
 
     def select(self, layer: int, queries: Queries, rows: Rows, states: StateRegistry) -> RowSelection | None:
-        """What each row reads in this layer, None = all it holds. Not asked where the layer has a window."""
+        """What each row reads in this layer, None = all it holds. Not asked where the layer has a window.
+
+        Selections of a step have the same unit and the same K in all layers.
+        """
 
 
 @dataclass(frozen=True)

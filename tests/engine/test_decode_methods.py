@@ -86,6 +86,16 @@ def test_bounds_follow_all_that_an_engine_writes_whatever_the_plan(policy: str, 
         assert_bounds_hold(tiny.cache, slot)
 
 
+def test_layers_with_a_window_read_all_of_it() -> None:
+    quest = plan("quest", decode={**SMALL, "dense_layers": 0})
+    # windows of 50 in two layers of three
+    tiny = tiny_engine(plan("full"), quest, network=tiny_model("gemma3_text"))
+    tiny.submit("mine", make_prompt(304), greedy(2), "quest")
+    *_, last = (output for _ in range(3) for output in tiny.step())
+    assert last.decode_read_fraction == pytest.approx((2 * 50 + 113) / (2 * 50 + 305))
+    assert len(tiny.answer(make_prompt(304), greedy(8), "quest")) == 8
+
+
 def test_sequences_are_grouped_by_what_their_decode_method_does() -> None:
     tiny = tiny_engine(plan("a", decode=SMALL), plan("b"), plan("c", decode=SMALL))
     sequences: list[Sequence] = []
