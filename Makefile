@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 EXTRAS ?= dev
 ARGS ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test check bench gpu docs clean
@@ -27,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup  ## serve the default model on the default plan; ARGS="..." passes flags on
 	$(BIN)/farspan serve $(ARGS)
 
-test: setup  ## run every test that needs no GPU
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+test: setup  ## run every test that needs no GPU, WORKERS=2 files at a time
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: setup  ## formatting, lint, types, import arrows
 	$(BIN)/ruff format --check .

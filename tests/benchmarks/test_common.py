@@ -81,7 +81,9 @@ def test_make_bench_runs_every_benchmark_that_is_there() -> None:
         "gpu_attention",
         "gpu_decode",
         "peers",
-    }  # run them, or run on a GPU, or for ttft
+        "kvpress_peer",
+        "tables",
+    }  # run others, run on a GPU, are run by others, or show what was measured
     assert modules == with_main - {f"benchmarks.{name}" for name in elsewhere}
 
 
