@@ -2,5 +2,6 @@
 
 import os
 
-# Waiting threads sleep: else the time that OpenMP spins would count as CPU time. Read by torch's import.
+# Threads wait as those of a served engine do (engine/child.py). Read by torch's import, so said again here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -21,7 +21,8 @@ class PeerProcess:
     def __init__(self, name: str, setting: Setting, python: str) -> None:
         self.name = name
         # How OpenMP waits was chosen for us (benchmarks/__init__.py); a peer waits as it was made to.
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        environment = {key: value for key, value in os.environ.items() if key not in ours}
         try:
             self._process = subprocess.Popen(
                 [python, "-P", str(SCRIPT), name, json.dumps(asdict(setting))],
