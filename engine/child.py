@@ -14,7 +14,7 @@ from engine.messages import FromEngine, ToEngine, decode_from_engine, encode
 
 # How the engine's threads wait, unless the environment says otherwise. Idle ones must not take cores from the
 # server, so they sleep; but first they spin for as long as Python takes from one layer's kernel to the next:
-# waking takes longer than many kernels (a decode step of SmolLM2 on two cores: 78 ms without, 41 ms with it).
+# waking takes longer than many kernels of a decode step do.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 
