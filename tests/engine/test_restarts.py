@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq.asyncio
 
 from configs.errors import ConfigError
 from configs.loading import load_config
 from configs.schema import ServeConfig
 from engine import client as engine_client
+from engine.child import Child
 from engine.client import EngineClient
 from engine.errors import EngineDead, StepFailed
 from engine.messages import (
@@ -473,3 +475,23 @@ def test_a_server_that_leaves_starts_no_other_engine(
         assert len(children) == 2
 
     asyncio.run(body())
+
+
+def test_threads_spin_and_sleep_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def refuse(*given: Any, env: dict[str, str], **options: Any) -> None:
+        seen.append(env)
+        raise OSError("seen enough")
+
+    async def start() -> None:
+        with zmq.asyncio.Context() as context, pytest.raises(OSError, match="seen enough"):
+            Child(load_config(None, {}), context, f"ipc://{tmp_path}/engine")
+
+    monkeypatch.setattr("engine.child.subprocess.Popen", refuse)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    asyncio.run(start())
+    assert seen[0]["GOMP_SPINCOUNT"] == "10000" and seen[0]["OMP_WAIT_POLICY"] == "active"
