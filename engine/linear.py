@@ -1,7 +1,7 @@
 """Linear layers over a few tokens on CPU: launches linear.cpp, which reads weights once, on all threads.
 
 A decode step multiplies every weight with one row per sequence; BLAS libraries are made for many rows
-(benchmarks/linear.py compares).
+(benchmarks/linear.py compares). It takes as long as reading the weights does: in bf16 they are half as long.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from configs.native import library
 
 SOURCE = Path(__file__).with_name("linear.cpp")
 MOST_TOKENS = 16  # beyond, a matrix product is as fast
+WEIGHTS = (torch.float32, torch.bfloat16)
 
 
 class _LinearCall(ctypes.Structure):
@@ -22,7 +23,7 @@ class _LinearCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "gate", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_inputs", "num_outputs")),
-        ("num_threads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("num_threads", "bf16")),
     ]
 
 
@@ -33,6 +34,11 @@ class FewTokensLinear(nn.Linear):
         if input.numel() > MOST_TOKENS * self.in_features or input.numel() == 0:
             return nn.functional.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
+
+
+def can_be_fast() -> bool:
+    """Whether linear.cpp can be had here."""
+    return library(SOURCE) is not None
 
 
 def speed_up_decode(model: nn.Module) -> None:
@@ -48,17 +54,56 @@ def speed_up_decode(model: nn.Module) -> None:
             module.__class__ = FewTokensLinear
 
 
+class _Bf16Linear(FewTokensLinear):
+    """The same over bf16 weights: few tokens widen them as they are read, many first of all."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() > MOST_TOKENS * self.in_features or input.numel() == 0:
+            return nn.functional.linear(input, self.weight.float(), self.bias)
+        return linear(input, self.weight, self.bias)
+
+
+class _Bf16Embedding(nn.Embedding):
+    """Rows of bf16 weights, as float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).float()
+
+
+_IN_BF16: dict[type[nn.Module], type[nn.Module]] = {
+    FewTokensLinear: _Bf16Linear,
+    nn.Embedding: _Bf16Embedding,
+}
+
+
+def keep_in_bf16(model: nn.Module) -> None:
+    """Round the weights of linear layers and embeddings to bf16; everything is still computed in float32.
+
+    After `speed_up_decode`: what that left alone stays as it is, and so do the weights it shares.
+    """
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    for parameter, modules in owners.items():
+        if parameter.dim() == 2 and all(type(module) in _IN_BF16 for module in modules):
+            parameter.data = parameter.data.bfloat16()
+            for module in modules:
+                module.__class__ = _IN_BF16[type(module)]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., I] @ weight [O, I].T + bias [O] -> [..., O], all float32 on CPU; I whole vectors, O at least
-    2."""
+    """x [..., I] @ weight [O, I].T + bias [O] -> [..., O], float32 on CPU, weights perhaps bf16; I whole
+    vectors, O at least 2."""
     kernels = library(SOURCE)
     assert kernels is not None, "speed_up_decode has seen to that"
     x = x.contiguous()
     num_outputs, num_inputs = weight.shape
-    assert num_outputs >= 2 and x.shape[-1] == num_inputs and x.dtype == weight.dtype == torch.float32, (
+    assert num_outputs >= 2 and x.shape[-1] == num_inputs and x.dtype == torch.float32, (
         x.shape,
         weight.shape,
     )
+    assert weight.dtype in WEIGHTS and weight.is_contiguous(), weight.dtype
     out = x.new_empty(*x.shape[:-1], num_outputs)
     call = _LinearCall(
         x.data_ptr(),
@@ -68,19 +113,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out.data_ptr(),
         *(x.numel() // num_inputs, num_inputs, num_outputs),
         torch.get_num_threads(),
+        weight.dtype == torch.bfloat16,
     )
     kernels.farspan_linear(ctypes.byref(call))
     return out
 
 
 def gated_linear(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
-    """silu(x [..., I] @ gate [O, I].T) * (x @ weight [O, I].T) -> [..., O], all float32 on CPU; I whole
-    vectors."""
+    """silu(x [..., I] @ gate [O, I].T) * (x @ weight [O, I].T) -> [..., O], float32 on CPU, both weights
+    perhaps bf16; I whole vectors."""
     kernels = library(SOURCE)
     assert kernels is not None, "fuse_layers has seen to that"
     x = x.contiguous()
     num_outputs, num_inputs = weight.shape
-    assert gate.shape == weight.shape and x.shape[-1] == num_inputs and x.dtype == gate.dtype == torch.float32
+    assert gate.shape == weight.shape and x.shape[-1] == num_inputs and x.dtype == torch.float32
+    assert gate.dtype == weight.dtype in WEIGHTS, (gate.dtype, weight.dtype)
     assert gate.is_contiguous() and weight.is_contiguous()
     out = x.new_empty(*x.shape[:-1], num_outputs)
     call = _LinearCall(
@@ -89,6 +136,7 @@ def gated_linear(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         out.data_ptr(),
         *(x.numel() // num_inputs, num_inputs, num_outputs),
         torch.get_num_threads(),
+        weight.dtype == torch.bfloat16,
     )
     kernels.farspan_linear(ctypes.byref(call))
     return out

@@ -1,10 +1,22 @@
-"""Linear layers over a few tokens: torch's answers, whoever else is in the batch."""
+"""Linear layers over a few tokens: torch's answers, whoever else is in the batch, float32 or bf16 weights."""
+
+import copy
 
 import pytest
 import torch
 
+from configs.errors import ConfigError
 from configs.native import compiler
-from engine.linear import MOST_TOKENS, FewTokensLinear, linear, speed_up_decode
+from engine.layers import fuse_layers
+from engine.linear import (
+    MOST_TOKENS,
+    FewTokensLinear,
+    gated_linear,
+    keep_in_bf16,
+    linear,
+    speed_up_decode,
+)
+from engine.startup import check_weights_dtype
 from tests.tiny import greedy, make_prompt, tiny_engine, tiny_model
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -56,3 +68,58 @@ def test_a_model_answers_as_before() -> None:
     speed_up_decode(network)
     assert isinstance(network.lm_head, FewTokensLinear)
     assert tiny_engine(network=network).answer(prompt, greedy(20)) == before
+
+
+@pytest.mark.parametrize("outputs", [2, 7])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 6])
+def test_bf16_weights_count_as_what_they_widen_to(tokens: int, outputs: int) -> None:
+    x, weight, gate = torch.randn(tokens, 64), torch.randn(outputs, 64), torch.randn(outputs, 64)
+    weight, gate = weight.bfloat16(), gate.bfloat16()
+    assert torch.equal(linear(x, weight, None), linear(x, weight.float(), None))
+    assert torch.equal(gated_linear(x, gate, weight), gated_linear(x, gate.float(), weight.float()))
+
+
+def test_a_model_kept_in_bf16_answers_as_huggingface_does_from_the_rounded_weights() -> None:
+    kept = tiny_model()
+    rounded = copy.deepcopy(kept)
+    for parameter in rounded.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.bfloat16().float()
+    before = sum(parameter.numel() for parameter in kept.parameters()) * 4
+    speed_up_decode(kept)
+    fuse_layers(kept)
+    keep_in_bf16(kept)
+    after = sum(parameter.numel() * parameter.element_size() for parameter in kept.parameters())
+    assert after < 0.51 * before  # norms stay
+    prompts = [make_prompt(MOST_TOKENS + 60, seed=1), make_prompt(MOST_TOKENS - 6, seed=2)]
+    for prompt in prompts:  # a chunk of many tokens and one of few; then steps of one
+        expected = tiny_engine(network=rounded).answer(prompt, greedy(20))
+        assert tiny_engine(network=kept).answer(prompt, greedy(20)) == expected
+
+
+def test_tied_weights_stay_one_and_what_does_not_fit_stays_whole() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(12, 64)
+            self.head = torch.nn.Linear(64, 12, bias=False)
+            self.head.weight = self.embedding.weight
+            self.narrow = torch.nn.Linear(5, 4)
+            self.fitting = torch.nn.Linear(64, 8)
+            self.other = torch.nn.Bilinear(2, 2, 2)  # another kind of owner
+            self.other.shared = self.fitting.weight
+
+    net = Net()
+    speed_up_decode(net)
+    keep_in_bf16(net)
+    assert net.head.weight is net.embedding.weight and net.head.weight.dtype == torch.bfloat16
+    assert net.narrow.weight.dtype == net.fitting.weight.dtype == torch.float32
+    with torch.inference_mode():
+        assert net.head(net.embedding(torch.tensor([3, 5]))).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("bfloat16", "cpu"), ("float16", "cuda"), ("float32", "cuda")])
+def test_weights_of_another_dtype_are_refused_where_nothing_widens_them(dtype: str, device: str) -> None:
+    check_weights_dtype("auto", dtype, device)
+    with pytest.raises(ConfigError, match=f"engine.weights_dtype: .* here is {dtype} on {device}"):
+        check_weights_dtype("bfloat16", dtype, device)
