@@ -40,7 +40,7 @@ async def answer(
     metrics: Metrics,
     on_first: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Piece, None]:
-    """Pieces of the answer, or of all choices as they come; `on_first` is called when the engine has begun.
+    """Pieces of the answer, or of all choices as they come; `on_first` is called once, before the first.
 
     Closing the generator aborts the request. Raises as `Engine.generate`, or TimedOut.
     """
@@ -48,6 +48,7 @@ async def answer(
     texts = {choice: _text_of(job, tokenizer) for choice in range(job.submit.choices)}  # that go on
     ended = FinishReason.ABORT  # unless something else happens first
     failure: str | None = None
+    begun = False
     try:
         outputs = engine.generate(job.submit)
         assert isinstance(outputs, AsyncGenerator), "closing it is how a request is aborted"
@@ -58,7 +59,9 @@ async def answer(
                     continue
                 if output.choice not in texts:
                     continue  # a stop string ended it, and the engine has yet to hear of that
-                on_first()
+                if not begun:
+                    begun = True
+                    on_first()
                 meter.tokens(len(output.tokens), output.cost)
                 piece = replace(texts[output.choice].take(output), choice=output.choice)
                 if job.echo_only:

@@ -15,7 +15,7 @@ class Visit:
 
     request_id: str  # as the client knows it
     key: str | None = None  # whose API key it came with; None where there are no keys
-    waiting_tokens: int = 0  # of its prompt, until the first token of its answer
+    waiting_tokens: int = 0  # of its prompts, until the first tokens of their answers
 
 
 class Limits:
@@ -43,7 +43,7 @@ class Limits:
 
     def close(self, visit: Visit) -> None:
         """The reply has ended, however it did."""
-        self.answered(visit)
+        self.answered(visit, visit.waiting_tokens)
         self._open -= 1
         if visit.key is not None:
             self._open_of_key[visit.key] -= 1
@@ -51,7 +51,8 @@ class Limits:
                 del self._open_of_key[visit.key]
 
     def queue(self, visit: Visit, prompt_tokens: int, running: int) -> None:
-        """Its prompt waits from now on. One alone is always let in. Raises Overloaded when too much waits.
+        """Its prompts wait from now on. One request alone is always let in. Raises Overloaded when too many
+        wait.
 
         running: tokens of as many full contexts as run at once, the limit where none is configured.
         """
@@ -66,10 +67,10 @@ class Limits:
         visit.waiting_tokens = prompt_tokens
         self.waiting_tokens += prompt_tokens
 
-    def answered(self, visit: Visit) -> None:
-        """The first token is there: the prompt waits no more."""
-        self.waiting_tokens -= visit.waiting_tokens
-        visit.waiting_tokens = 0
+    def answered(self, visit: Visit, prompt_tokens: int) -> None:
+        """The first token of a prompt's answer is there: it waits no more."""
+        self.waiting_tokens -= prompt_tokens
+        visit.waiting_tokens -= prompt_tokens
 
     @property
     def num_open(self) -> int:
