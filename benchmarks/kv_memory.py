@@ -6,18 +6,14 @@ Held: KV bytes of one living sequence after its prompt, under each plan. Reused:
 prompts, a second request is admitted while the first still generates only if the first gave memory back.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
+from benchmarks.asking import add_subject, command_line, parsed, serve_flags, subject_of
 from benchmarks.common import exit_with, print_table, write_results
-from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.serving import Server, serving
 from configs.model import PAGE_SIZE
 
@@ -75,28 +71,18 @@ def pages(tokens: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
+    parser = command_line(__doc__)
+    add_subject(parser)
     parser.add_argument("--compressed", default="snapkv", help="plan to compare with: a name or a file")
     parser.add_argument("--length", type=int, default=7936, help="prompt tokens")
     parser.add_argument("--answer", type=int, default=256, help="tokens that keep a sequence alive")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cache-dtype", default="auto", choices=["auto", "int8", "fp8"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
-    folder = model_folder(asked.model)
-    text: Text = load_text(asked.text, load_tokenizer(folder))
-    prompts = [text.ring(start, asked.length) for start in (0, START_OF_SECOND)]
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
+    prompts = [subject.text.ring(start, asked.length) for start in (0, START_OF_SECOND)]
     plans = (KEEP_ALL, Path(asked.compressed).stem)
-    flags = [asked.model, "--plan", KEEP_ALL, "--plan", asked.compressed]
-    flags += ["--dtype", asked.dtype, "--cache-dtype", asked.cache_dtype, "--threads", str(asked.threads)]
-    flags += ["--max-model-len", str(asked.length + asked.answer)]
+    flags = [asked.model, *serve_flags(asked, [KEEP_ALL, asked.compressed])]
+    flags += ["--cache-dtype", asked.cache_dtype, "--max-model-len", str(asked.length + asked.answer)]
 
     with serving(*flags) as server:
         held = {plan: held_after_prompt(server, prompts[0], plan, asked.answer) for plan in plans}
@@ -113,12 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     results = {
         "settings": {
-            "model": folder.name,
+            **subject.settings,
             "prompt_tokens": asked.length,
-            "dtype": asked.dtype,
             "cache_dtype": asked.cache_dtype,
-            "threads": asked.threads,
-            "text": text.name,
             "compressed": plans[1],
             "pool_bytes": pool_bytes,
         },

@@ -5,14 +5,12 @@
 Both models use linear.cpp and torch's attention, without a cache: only norms, rotations and gates differ.
 """
 
-import argparse
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.asking import add_model, command_line, parsed
 from benchmarks.common import exit_with, interleaved_medians, print_table, write_results
 from benchmarks.prompts import model_folder
 from engine.layers import fuse_layers
@@ -32,16 +30,11 @@ def forward(network: Any, tokens: int) -> Callable[[int], Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
+    parser = command_line(__doc__)
+    add_model(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 512])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
+    asked = parsed(parser, arguments)
     folder = model_folder(asked.model)
     networks = {}
     for name in ("huggingface", "farspan"):

@@ -3,12 +3,12 @@
 python -m benchmarks.linear --rounds 9
 """
 
-import argparse
-import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from benchmarks.asking import command_line, parsed
 from benchmarks.common import exit_with, interleaved_medians, print_table, write_results
 from engine.linear import linear
 
@@ -17,16 +17,15 @@ TOKENS = (1, 2, 4, 8, 16)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
-    weights = [torch.randn(OUTPUTS, INPUTS) for _ in range(LAYERS)]
+    asked = parsed(parser, arguments)
+    whole = [torch.randn(OUTPUTS, INPUTS) for _ in range(LAYERS)]
+    half = [weight.bfloat16() for weight in whole]
 
-    def over_all(layer: Callable[..., torch.Tensor], tokens: int) -> Callable[[int], None]:
+    def over_all(
+        layer: Callable[..., torch.Tensor], weights: list[torch.Tensor], tokens: int
+    ) -> Callable[[int], None]:
         x = torch.randn(tokens, INPUTS)
 
         def run(_: int) -> None:
@@ -35,28 +34,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return run
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for tokens in TOKENS:
         cases = {
-            "torch": over_all(torch.nn.functional.linear, tokens),
-            "farspan": over_all(linear, tokens),
+            "torch": over_all(torch.nn.functional.linear, whole, tokens),
+            "farspan": over_all(linear, whole, tokens),
+            "farspan_bf16": over_all(linear, half, tokens),
         }
         times = interleaved_medians(cases, asked.rounds)
         rows.append(
             {
                 "tokens": tokens,
-                "torch": times["torch"].json(),
-                "farspan": times["farspan"].json(),
+                **{name: times[name].json() for name in cases},
                 "speedup": round(times["torch"].wall / times["farspan"].wall, 3),
+                "speedup_bf16": round(times["torch"].wall / times["farspan_bf16"].wall, 3),
             }
         )
     settings = {"inputs": INPUTS, "outputs": OUTPUTS, "layers": LAYERS, "threads": asked.threads}
-    path = write_results("linear", {"settings": settings, "rows": rows})
+    path = write_results("linear", {"settings": settings, "rows": rows}, folder=asked.out)
     print_table(
         "Linear layers over a few tokens, float32",
-        ("tokens", "torch ms", "farspan ms", "speed-up"),
+        ("tokens", "torch ms", "farspan ms", "speed-up", "of bf16 weights"),
         [
-            (row["tokens"], row["torch"]["wall_s"] * 1e3, row["farspan"]["wall_s"] * 1e3, row["speedup"])
+            (
+                row["tokens"],
+                row["torch"]["wall_s"] * 1e3,
+                row["farspan"]["wall_s"] * 1e3,
+                row["speedup"],
+                row["speedup_bf16"],
+            )
             for row in rows
         ],
     )

@@ -6,19 +6,16 @@ Each plan gets a server of its own with the same bytes. All requests come at onc
 Generated tokens per second are counted from the last first token on, until the first sequence ends.
 """
 
-import argparse
-import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
+from benchmarks.asking import add_prompts, add_subject, command_line, parsed, serve_flags, subject_of
 from benchmarks.common import exit_with, print_table, write_results
-from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.serving import Server, serving
 from configs.loading import load_plan
 from configs.model import PAGE_SIZE
@@ -90,26 +87,15 @@ def run(server: Server, prompts: Sequence[Sequence[int]], plan: str, answer: int
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--plans", nargs="+", default=["dense", "snapkv"], help="names or files")
+    parser = command_line(__doc__)
+    add_subject(parser)
+    add_prompts(parser, "dense", "snapkv", answer=256, why="they keep a sequence alive")
     parser.add_argument(
         "--requests", type=int, help="at once, at most; default: what the plan's promises allow"
     )
-    parser.add_argument("--length", type=int, default=7936, help="prompt tokens")
-    parser.add_argument("--answer", type=int, default=256, help="generated tokens")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
-    folder = model_folder(asked.model)
-    text: Text = load_text(asked.text, load_tokenizer(folder))
-    model = model_info(folder, EngineConfig(model=asked.model))
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
+    model = model_info(subject.folder, EngineConfig(model=asked.model))
     total = asked.length + asked.answer
     rows_of = model.num_layers * model.num_kv_heads
     num_pages = UNCOMPRESSED * rows_of * pages_for(total)
@@ -119,22 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = resolve_plan(load_plan(source), model)
         bound = how_many(plan.policy, num_pages, asked.length, total, plan.chunk)
         count = min(bound, asked.requests or bound)
-        prompts = [text.ring(STRIDE * number, asked.length) for number in range(count)]
-        flags = ["--plan", str(source), "--kv-cache-memory-bytes", str(num_pages * size)]
-        flags += ["--dtype", asked.dtype, "--threads", str(asked.threads), "--max-num-seqs", str(count)]
+        prompts = [subject.text.ring(STRIDE * number, asked.length) for number in range(count)]
+        flags = [*serve_flags(asked, [source]), "--kv-cache-memory-bytes", str(num_pages * size)]
+        flags += ["--max-num-seqs", str(count), "--max-model-len", str(-(-total // PAGE_SIZE) * PAGE_SIZE)]
         flags += CROWDING
-        flags += ["--max-model-len", str(-(-total // PAGE_SIZE) * PAGE_SIZE)]
         with serving(asked.model, *flags) as server:
             rows.append(run(server, prompts, plan.name, asked.answer, bound))
         results = {
             "settings": {
-                "model": folder.name,
+                **subject.settings,
                 "prompt_tokens": asked.length,
                 "answer_tokens": asked.answer,
                 "pool_bytes": num_pages * size,
-                "dtype": asked.dtype,
-                "threads": asked.threads,
-                "text": text.name,
             },
             "rows": [asdict(row) for row in rows],
         }

@@ -5,16 +5,12 @@
 Counted behind every forward, before anything leaves: the widest moment.
 """
 
-import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
+from benchmarks.asking import add_subject, command_line, parsed, subject_of
 from benchmarks.common import exit_with, print_table, write_results
-from benchmarks.prompts import SHIPPED_TEXT, load_text, load_tokenizer, model_folder
 from configs.schema import CacheConfig, EngineConfig, SchedulerConfig, ServeConfig
 from engine.messages import Sampling, Submit
 from engine.runner import StepResult
@@ -34,21 +30,13 @@ class Peak:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
+    parser = command_line(__doc__)
+    add_subject(parser)
     parser.add_argument("--plans", nargs="+", default=["dense", "moa", "streaming"], help="names or files")
     parser.add_argument("--length", type=int, default=7936, help="prompt tokens")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
-    folder = model_folder(asked.model)
-    prompt = load_text(asked.text, load_tokenizer(folder)).ring(0, asked.length)
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
+    prompt = subject.text.ring(0, asked.length)
     config = ServeConfig(
         engine=EngineConfig(model=asked.model, dtype=asked.dtype, device="cpu", threads=asked.threads),
         cache=CacheConfig(enable_prefix_caching=False),
@@ -75,12 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             engine.step()
         pages = max(held)
         peaks.append(Peak(plan, pages, round(pages / (peaks[0].pages if peaks else pages), 4)))
-    settings = {
-        "model": folder.name,
-        "prompt_tokens": asked.length,
-        "dtype": asked.dtype,
-        "threads": asked.threads,
-    }
+    settings = {**subject.settings, "prompt_tokens": asked.length}
     path = write_results(
         "prefill_pages", {"settings": settings, "rows": [asdict(peak) for peak in peaks]}, folder=asked.out
     )

@@ -6,18 +6,14 @@ First: time to the first token of document + question. Second: the same document
 must be the one it has without the cache (under a salt of its own).
 """
 
-import argparse
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.asking import add_prompts, add_subject, command_line, parsed, serve_flags, subject_of
 from benchmarks.common import exit_with, print_table, write_results
-from benchmarks.prompts import SHIPPED_TEXT, load_text, load_tokenizer, model_folder
 from benchmarks.serving import Server, serving
 
 QUESTION = 96  # tokens at the end of each prompt that are its own
@@ -54,25 +50,14 @@ def ask_twice(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--plans", nargs="+", default=["dense", "minference"], help="names or files")
-    parser.add_argument("--length", type=int, default=7936, help="prompt tokens, question included")
-    parser.add_argument("--answer", type=int, default=16, help="tokens that must be the same")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)  # results carry the number in the device's name
-    folder = model_folder(asked.model)
-    text = load_text(asked.text, load_tokenizer(folder))
+    parser = command_line(__doc__)
+    add_subject(parser)
+    add_prompts(parser, "dense", "minference", answer=16, why="they must be the same")
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
+    text = subject.text
     names = [Path(plan).stem for plan in asked.plans]
-    flags = [part for plan in asked.plans for part in ("--plan", plan)]
-    with serving(asked.model, *flags, "--dtype", asked.dtype, "--threads", str(asked.threads)) as server:
+    with serving(asked.model, *serve_flags(asked, asked.plans)) as server:
         ask(server, text.ring(5, min(512, asked.length)), names[0])  # what is slow only once is slow now
         rows = []
         for number, plan in enumerate(names):
@@ -81,13 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             questions = [text.ring(start + shift, QUESTION) for shift in (7, 503)]
             rows.append(ask_twice(server, document, questions, plan, asked.answer))
     settings = {
-        "model": folder.name,
+        **subject.settings,
         "prompt_tokens": asked.length,
         "question_tokens": QUESTION,
         "answer_tokens": asked.answer,
-        "dtype": asked.dtype,
-        "threads": asked.threads,
-        "text": text.name,
     }
     results = {"settings": settings, "rows": [asdict(row) for row in rows]}
     path = write_results("prefix_cache", results, folder=asked.out)

@@ -12,9 +12,9 @@ under dense, over at least 100 paired needles, and perplexity of a repeated pass
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import oracle
+from benchmarks.asking import add_device, add_dtype, add_model, command_line, parsed
 from benchmarks.common import (
     CannotRun,
     exit_with,
@@ -57,6 +58,7 @@ class Tally:
     reads: list[float] = field(default_factory=list)  # per prompt
     recalls: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of prompts that no other plan has computed, too
     tokens: dict[str, list[float]] = field(default_factory=dict)  # by "nll prose prefill" and the like
     right_by_needle: list[list[bool]] = field(default_factory=list)
 
@@ -129,6 +131,7 @@ def row(length: int, plan: str, tally: Tally, dense: Tally) -> dict[str, Any]:
         "read_fraction": statistics.fmean(tally.reads),
         "recall": statistics.fmean(tally.recalls) if tally.recalls else None,
         "kept": statistics.fmean(tally.kept),
+        "seconds": round(statistics.median(tally.seconds), 2) if tally.seconds else None,
     }
     for part in ("prefill", "decode"):
         found[f"kl_{part}"] = tally.mean(f"kl {part}")
@@ -178,7 +181,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         "top1_prefill": "top-1 pre", "top1_decode": "top-1 dec",
         "digit_accuracy": "digits", "needles_exact": "exact", "digit_log_probability": "log p",
         "copy_perplexity_prefill": "copy pre", "copy_perplexity_decode": "copy dec",
-        "perplexity_prefill": "ppl pre", "perplexity_decode": "ppl dec", "gate": "gate",
+        "perplexity_prefill": "ppl pre", "perplexity_decode": "ppl dec",
+        "seconds": "s", "gate": "gate",
     }  # fmt: skip
     print_table("Quality", list(names.values()), [[row.get(name) for name in names] for row in rows])
 
@@ -199,13 +203,11 @@ def chat_form(folder: Path) -> Chat:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
+    add_model(parser)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--calibrate", type=Path, metavar="FILE", help="text to choose settings on")
     text.add_argument("--report", type=Path, metavar="FILE", default=SHIPPED_TEXT, help="text to report on")
-    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--plans", nargs="+", default=["minference", "snapkv", "minference-snapkv"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 7936], help="prompt tokens")
     parser.add_argument("--needles", type=int, default=100, help="paired needles per length, at least")
@@ -223,15 +225,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--kvpress-python", metavar="PYTHON", help="an interpreter that has kvpress: its SnapKV, too"
     )
     parser.add_argument("--kvpress-budgets", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_dtype(parser, "float16")
     parser.add_argument(
         "--cache-dtype", choices=["int8", "fp8"], help="judge every plan over pages of codes, too"
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
+    add_device(parser)
     parser.add_argument("--name", default="quality", help="of the JSON file: one run, one file")
-    return parser.parse_args(arguments)
+    return parsed(parser, arguments)
 
 
 def score_by_name(
@@ -268,7 +268,10 @@ def judge_all(score: dict[str, Score], work: Iterator[tuple[str, Task]], length:
         print(f"{length} tokens, text {number}: {kind}", file=sys.stderr)
         dense: Tensor | None = None
         for name, tally in tallies.items():
+            began = time.perf_counter()
             scored = score[name](task.tokens, task.prompt_length, task.positions)
+            if any(task.in_prompt):
+                tally.seconds.append(time.perf_counter() - began)
             judged = judge(kind, task, scored, dense, tally)
             dense = judged if dense is None else dense
     return tallies
@@ -276,7 +279,6 @@ def judge_all(score: dict[str, Score], work: Iterator[tuple[str, Task]], length:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = parse(arguments)
-    torch.set_num_threads(asked.threads)
     folder = model_folder(asked.model)
     tokenizer = load_tokenizer(folder)
     text = load_text(asked.calibrate or asked.report, tokenizer)

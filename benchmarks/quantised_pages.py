@@ -7,14 +7,13 @@ over float32: `error` is the norm of the difference.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.asking import command_line, parsed
 from benchmarks.common import exit_with, interleaved_medians, print_table, write_results
 from configs.model import PAGE_SIZE
 from configs.quantised import FP8, INT8, is_quantised
@@ -104,18 +103,13 @@ def measure(asked: argparse.Namespace, tokens: int) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="held by each row")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, nargs=2, default=[9, 3], metavar=("HQ", "HKV"))
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
+    asked = parsed(parser, arguments)
     rows = [row for tokens in asked.tokens for row in measure(asked, tokens)]
     names = ("layers", "heads", "head_dim", "rounds", "threads")
     settings = {name: getattr(asked, name) for name in names}

@@ -94,17 +94,17 @@ class Scorer:
         config = SchedulerConfig(max_num_seqs=1)
         on = torch.device(device)
         page_dtype = page_dtype_for(cache_dtype, device)
-        kernels = checked(kernels_for(on, page_dtype), info, getattr(torch, dtype), on, page_dtype)
+        self.kernels = checked(kernels_for(on, page_dtype), info, getattr(torch, dtype), on, page_dtype)
         self._cache = KVCache(
             info,
             CacheSize(self._pages(info, longest), config.max_num_seqs, longest + PAGE_SIZE),
             dtype=getattr(torch, dtype),
             device=on,
             states=states,
-            moves=kernels.moves,
+            moves=self.kernels.moves,
             page_dtype=page_dtype,
         )
-        runner = ModelRunner(network, self._cache, kernels, on)
+        runner = ModelRunner(network, self._cache, self.kernels, on)
         self._engine = Engine(self.plans, Scheduler(config, self._cache), runner, self._cache, ())
         self._recorder = _Recorder(network)
 

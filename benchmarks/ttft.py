@@ -7,8 +7,6 @@ and static cache. Other engines (benchmarks/peers.py) run in processes of their 
 installed, and read the model's GGUF file.
 """
 
-import argparse
-import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -20,10 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.asking import add_subject, command_line, parsed, subject_of
 from benchmarks.common import CannotRun, Elapsed, exit_with, interleaved_medians, print_table, write_results
 from benchmarks.peer_process import PeerProcess
 from benchmarks.peers import PEERS, Setting
-from benchmarks.prompts import SHIPPED_TEXT, Text, gguf_file, load_text, load_tokenizer, model_folder
+from benchmarks.prompts import Text, gguf_file
 from benchmarks.serving import Server
 from configs.loading import load_config
 from engine.engine import Engine
@@ -234,16 +233,11 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
+    parser = command_line(__doc__)
+    add_subject(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 7936], help="prompt tokens")
     parser.add_argument("--plans", nargs="+", default=["dense", "minference", "minference-snapkv"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, default=SHIPPED_TEXT)
     parser.add_argument("--server", metavar="URL", help="time a running server instead of the engine")
     parser.add_argument(
         "--peers", nargs="*", default=list(PEERS), choices=PEERS, metavar="NAME",
@@ -252,26 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="interpreter that has their packages"
     )
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    asked = parser.parse_args(arguments)
-
-    torch.set_num_threads(asked.threads)
-    folder = model_folder(asked.model)
-    text = load_text(asked.text, load_tokenizer(folder))
-    huggingface = HuggingFace(folder, asked.dtype)
-    settings = {
-        "model": folder.name,
-        "dtype": asked.dtype,
-        "threads": asked.threads,
-        "text": text.name,
-        "ours": "over HTTP" if asked.server else "in process",
-    }
+    asked = parsed(parser, arguments)
+    subject = subject_of(asked)
+    huggingface = HuggingFace(subject.folder, asked.dtype)
+    settings = {**subject.settings, "ours": "over HTTP" if asked.server else "in process"}
     rows: list[Row] = []
     with ExitStack() as stack:
         peers: list[PeerProcess] = []
         file = gguf_file(asked.model)
         if file is None:
-            print(f"left out: other engines, which read a GGUF file; {folder.name} is none")
+            print(f"left out: other engines, which read a GGUF file; {subject.folder.name} is none")
         else:
             setting = Setting(str(file), asked.dtype, asked.threads, max(asked.lengths))
             peers = start_peers(asked.peers, setting, asked.peer_python, stack)
@@ -282,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else InProcess(asked.model, asked.plans, asked.dtype, asked.threads)
         )
         for length in asked.lengths:
-            rows += measure(ours, huggingface, peers, Prompts(text, length), asked.repeats)
+            rows += measure(ours, huggingface, peers, Prompts(subject.text, length), asked.repeats)
             results = {"settings": settings, "rows": [asdict(row) for row in rows]}
             path = write_results("ttft", results, folder=asked.out)
     show(rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from configs.errors import ConfigError
-from configs.loading import load_plan
+from configs.loading import load_plan, shipped_plans
 from configs.plan import PlanFile
 
 _CHANGE = re.compile(r"(prefill|kv|decode)\.(\w+)=(.+)")
@@ -30,6 +30,25 @@ def load_variant(spec: str) -> PlanFile:
         part, option, value = match.groups()
         content[part][option] = yaml.safe_load(value)
     return PlanFile(**content, name=spec, source=plan.source)
+
+
+def method_plans() -> list[str]:
+    """The shipped plans that differ from `dense` in how they read a prompt, and in nothing else."""
+    exact = load_plan("dense")
+    plans = {name: load_plan(name) for name in shipped_plans()}
+    return [
+        name
+        for name, plan in plans.items()
+        if plan.prefill.method != exact.prefill.method and (plan.kv, plan.decode) == (exact.kv, exact.decode)
+    ]
+
+
+def load_method(spec: str) -> PlanFile:
+    """The same as `load_variant`, where a method may stand for the plan that ships with it."""
+    name, colon, changes = spec.partition(":")
+    if name not in shipped_plans():
+        name = next((plan for plan in method_plans() if load_plan(plan).prefill.method == name), name)
+    return load_variant(f"{name}{colon}{changes}")
 
 
 def save_variant(spec: str, folder: Path) -> Path:

@@ -80,6 +80,7 @@ def test_make_bench_runs_every_benchmark_that_is_there() -> None:
         "gpu",
         "gpu_attention",
         "gpu_decode",
+        "gpu_steps",
         "peers",
         "kvpress_peer",
         "tables",

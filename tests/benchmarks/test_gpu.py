@@ -43,9 +43,22 @@ def test_every_part_fits_into_nine_minutes() -> None:
 
 
 def test_only_files_with_gpu_tests_are_collected() -> None:
-    files = gpu.gpu_test_files()
-    assert "tests/benchmarks/test_gpu.py" not in files
-    assert all((ROOT / file).is_file() for file in files)
+    everything = gpu.gpu_test_files(["."])
+    assert "tests/benchmarks/test_gpu.py" not in everything
+    assert all((ROOT / file).is_file() for file in everything)
+    run_by_parts = [word for part in gpu.parts() for word in part.arguments if word.startswith("tests/")]
+    assert sorted(run_by_parts) == everything  # each once
+
+
+def test_the_steps_benchmark_runs_interpreted_without_graphs(tmp_path: Path) -> None:
+    done = run(
+        *("benchmarks.gpu_steps", "--rows", "2x40", "--steps", "2", "--layers", "1", "--heads", "4", "2"),
+        *("--head-dim", "16", "--mlp", "64", "--vocab", "100", "--dtype", "float32", "--out", str(tmp_path)),
+        TRITON_INTERPRET="1",
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "gpu_steps.json").read_text())["rows"]
+    assert (row["batch"], row["tokens"]) == (2, 40) and row["plain"] > 0 and row["graphs"] is None
 
 
 def test_the_attention_benchmark_runs_interpreted(tmp_path: Path) -> None:
@@ -88,7 +101,7 @@ def test_the_decode_benchmark_runs_interpreted(tmp_path: Path, pages: tuple[str,
     assert all(20 < each["kept"] < 45 for each in results["compaction"])
 
 
-@pytest.mark.parametrize("benchmark", ["gpu_attention", "gpu_decode"])
+@pytest.mark.parametrize("benchmark", ["gpu_attention", "gpu_decode", "gpu_steps"])
 def test_the_gpu_benchmarks_refuse_a_machine_without_one(benchmark: str) -> None:
     done = run(f"benchmarks.{benchmark}", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
     assert done.returncode == CANNOT_RUN and "no CUDA device" in done.stderr

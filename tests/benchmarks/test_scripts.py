@@ -16,6 +16,7 @@ from benchmarks import (
     kv_memory,
     layers,
     live_sequences,
+    prefill_attention,
     prefill_pages,
     prefix_cache,
     quantised_pages,
@@ -160,10 +161,11 @@ def test_decode_compares_what_is_held_read_and_batched(tmp_path: Path, model: Pa
     rows = run(decode.main, "decode", tmp_path, model, *flags)["rows"]
     found = {one: [row for row in rows if row["comparison"] == one] for one in ("huggingface", "batch")}
     found |= {one: [row for row in rows if row["comparison"] == one] for one in ("quest", "kept")}
-    assert sum(map(len, found.values())) == len(rows) == 8
+    assert [len(cases) for cases in found.values()] == [4, 2, 2, 2] and len(rows) == 10
     assert [row["candidate"] for row in found["quest"]] == ["full", "quest:decode.read=128"]
     assert [row["batch"] for row in found["batch"]] == [1, 8]
-    for base, other in found.values():
+    for base, *others in found.values():
+        other = others[-1]
         assert base["ratio"] == 1 and len(other["timing"]["walls_s"]) == 1
         speed = other["batch"] * 3 / other["timing"]["wall_s"]
         assert other["tokens_per_second"] == pytest.approx(speed, rel=0.01)
@@ -222,3 +224,19 @@ def test_more_sequences_live_where_a_policy_forgets(tmp_path: Path, model: Path)
     dense, lean = run(live_sequences.main, "live_sequences", tmp_path, model, *flags)["rows"]
     assert (dense["bound"], dense["requests"]) == (4, 4) and lean["requests"] == 6
     assert lean["bound"] > dense["bound"] >= dense["live"] >= 1
+
+
+def test_sparse_attention_is_timed_beside_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        prefill_attention, "gemm_ceiling", lambda dtype: 1.0
+    )  # seconds, where bf16 is emulated
+    threads = torch.get_num_threads()
+    try:
+        prefill_attention.main(["--lengths", "1024", "--rounds", "1", "--out", str(tmp_path), *THREADS])
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "prefill_attention.json").read_text())["rows"]
+    rows = {row["case"]: row for row in found}
+    assert list(rows) == ["sdpa", "dense", "sparse 20%", "sparse 10%", "sparse 5%"]
+    assert rows["dense"]["density"] == rows["dense"]["over_own_dense"] == 1
+    assert 0.05 < rows["sparse 5%"]["density"] <= rows["sparse 20%"]["density"] < 0.35
