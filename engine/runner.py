@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.grammars import BadGrammar
 from engine.attention import ChunkRun, DecodeRun, ForwardBatch
+from engine.graphs import DecodeGraphs, Graph, StepTokens
 from engine.kernels import Kernels
 from engine.messages import Logprobs
 from engine.rope import Rope
@@ -41,20 +42,70 @@ class StepResult:
 class ModelRunner:
     """Packs sequences into one row of tokens, runs HuggingFace's own module code over it, and samples."""
 
-    def __init__(self, model: Any, cache: KVCache, kernels: Kernels, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        kernels: Kernels,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self._model = model
         self._rope = Rope.of(model)
         self._scorer = Scorer(model)
         self._cache = cache
         self._kernels = kernels
         self._device = device
+        self._graphs = graphs or DecodeGraphs([])
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
-        batch = replace(batch, decodes=[one for group in by_method(batch.decodes) for one in group])
-        tokens, positions = (torch.from_numpy(part).to(self._device) for part in self._pack(batch))
-        forward, runs = self._prepare(batch, positions)
+        groups = by_method(batch.decodes)
+        batch = replace(batch, decodes=[one for group in groups for one in group])
+        self._reserve(batch)
         last_rows, sampled = self._rows_to_sample(batch)
+        graphs = [] if batch.chunks else self._graphs_for(groups)
+        if graphs:
+            logits, result = self._replay(groups, graphs)
+            if len(last_rows) < len(logits):
+                logits = logits[torch.tensor(last_rows, dtype=torch.int64, device=self._device)]
+        else:
+            logits, result = self._compute(batch, groups, last_rows)
+        if sampled:
+            chosen = sample(logits, [self._sampled_row(sequence, result) for sequence in sampled])
+            result.tokens.update(zip(sampled, chosen, strict=True))
+            result.logprobs.update(self._logprobs(logits, sampled, chosen))
+        return result
+
+    def _graphs_for(self, groups: list[list[Sequence]]) -> list[Graph]:
+        """One for each group, or none: a step is replayed as a whole."""
+        found = []
+        for group in groups:
+            longest = int(self._cache.held.host[slots_of(group)].max()) + 1
+            graph = self._graphs.find(group[0].plan.decode, len(group), longest)
+            if graph is None:
+                return []
+            found.append(graph)
+        return found
+
+    @staticmethod
+    def _replay(groups: list[list[Sequence]], graphs: list[Graph]) -> tuple[Tensor, StepResult]:
+        """Logits [B, V] of all decodes, from graphs."""
+        logits, result = [], StepResult({}, [])
+        for group, graph in zip(groups, graphs, strict=True):
+            outputs = graph(StepTokens(*_new_tokens(group), slots_of(group)))
+            # Graphs share their memory: the next one may overwrite what this one gave.
+            logits.append(outputs.logits if len(graphs) == 1 else outputs.logits.clone())
+            if outputs.read is not None:
+                result.read.update(_read_by(group, outputs.read))
+        return logits[0] if len(logits) == 1 else torch.cat(logits), result
+
+    def _compute(
+        self, batch: Batch, groups: list[list[Sequence]], last_rows: list[int]
+    ) -> tuple[Tensor, StepResult]:
+        """Logits [rows, V] of these packed rows, from one forward of all decodes and chunks."""
+        tokens, positions = (torch.from_numpy(part).to(self._device) for part in self._pack(batch))
+        forward, runs = self._prepare(batch, groups, positions)
         scored = [run for run in runs if run[0].sequence.sampling.prompt_logprobs is not None]
         with self._scorer.listening() if scored else nullcontext(Heard()) as heard:
             logits = self._model(
@@ -64,14 +115,11 @@ class ModelRunner:
                 use_cache=False,
                 batch=forward,
             ).logits[0]
-        result = StepResult(
-            {}, runs, prompt_logprobs=self._score(heard, scored), read=self._read(batch, forward)
-        )
-        if sampled:
-            chosen = sample(logits, [self._sampled_row(sequence, result) for sequence in sampled])
-            result.tokens.update(zip(sampled, chosen, strict=True))
-            result.logprobs.update(self._logprobs(logits, sampled, chosen))
-        return result
+        result = StepResult({}, runs, prompt_logprobs=self._score(heard, scored))
+        for group, step in zip(groups, forward.decodes, strict=True):
+            if not isinstance(step.method, Full):
+                result.read.update(_read_by(group, step.read_counts()))
+        return logits, result
 
     def _sampled_row(self, sequence: Sequence, result: StepResult) -> SampledRow:
         allowed = None
@@ -103,15 +151,6 @@ class ModelRunner:
         found = logprobs_of(logits[asked], [chosen[i] for i in asked], counts)
         return dict(zip((sampled[i] for i in asked), found, strict=True))
 
-    @staticmethod
-    def _read(batch: Batch, forward: ForwardBatch) -> dict[Sequence, tuple[int, int]]:
-        """By decoding sequence whose method chooses: tokens read and readable, over layers and KV heads."""
-        found: dict[Sequence, tuple[int, int]] = {}
-        for step in forward.decodes:
-            if not isinstance(step.method, Full):
-                found.update(zip(batch.decodes[step.span], step.tokens_read(), strict=True))
-        return found
-
     def _score(
         self, heard: Heard, scored: list[tuple[ChunkPlan, ChunkRun]]
     ) -> dict[Sequence, list[Logprobs]]:
@@ -124,19 +163,22 @@ class ModelRunner:
             found[sequence] = self._scorer.score(heard, run.span.start, targets, count)
         return found
 
-    def _prepare(
-        self, batch: Batch, positions: Tensor
-    ) -> tuple[ForwardBatch, list[tuple[ChunkPlan, ChunkRun]]]:
-        """Pages for what this forward writes, and where each part of it goes."""
-        cache = self._cache
+    def _reserve(self, batch: Batch) -> None:
+        """Pages for what this step writes, in tables that the device has."""
         if batch.decodes:
-            cache.reserve_next(slots_of(batch.decodes))
+            self._cache.reserve_next(slots_of(batch.decodes))
         for part in batch.chunks:
-            cache.reserve(slot_of(part.sequence), part.end)
-        cache.sync()
+            self._cache.reserve(slot_of(part.sequence), part.end)
+        self._cache.sync()
+
+    def _prepare(
+        self, batch: Batch, groups: list[list[Sequence]], positions: Tensor
+    ) -> tuple[ForwardBatch, list[tuple[ChunkPlan, ChunkRun]]]:
+        """Where each part of this forward goes."""
+        cache = self._cache
         forward = ForwardBatch(cache, self._kernels, self._rope, positions)
         first = 0
-        for group in by_method(batch.decodes):
+        for group in groups:
             slots, span = slots_of(group), slice(first, first + len(group))
             destinations, rows = cache.decode_destinations(slots), cache.decode_rows(slots)
             forward.decodes.append(DecodeRun(group[0].plan.decode, span, destinations, rows))
@@ -171,8 +213,8 @@ class ModelRunner:
     @staticmethod
     def _pack(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and positions of the packed row, int64 [T] each."""
-        tokens = [np.array([s.tokens[s.computed] for s in batch.decodes], dtype=np.int64)]
-        positions = [np.array([s.computed for s in batch.decodes], dtype=np.int64)]
+        first, at = _new_tokens(batch.decodes)
+        tokens, positions = [first], [at]
         for part in batch.chunks:
             tokens.append(np.array(part.sequence.tokens[part.start : part.end], dtype=np.int64))
             positions.append(np.arange(part.start, part.end, dtype=np.int64))
@@ -206,6 +248,17 @@ def by_method(decodes: list[Sequence]) -> list[list[Sequence]]:
         else:
             group.append(sequence)
     return groups
+
+
+def _new_tokens(decodes: list[Sequence]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The token that each of these computes next, and its position: int64 [n] both."""
+    tokens = np.array([sequence.tokens[sequence.computed] for sequence in decodes], dtype=np.int64)
+    return tokens, np.array([sequence.computed for sequence in decodes], dtype=np.int64)
+
+
+def _read_by(group: list[Sequence], counts: Tensor) -> dict[Sequence, tuple[int, int]]:
+    """By sequence: tokens read and readable. counts [2, n] on the device, which is waited for."""
+    return dict(zip(group, zip(*counts.tolist(), strict=True), strict=True))
 
 
 def slots_of(sequences: list[Sequence]) -> NDArray[np.int64]:
