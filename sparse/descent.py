@@ -1,14 +1,10 @@
-"""HiP's search: from a piece of keys down to one of them, halving, each time towards the better middle."""
-
-from collections.abc import Callable
+"""What HiP's descents ask for in a prompt: scores of single keys for blocks of queries."""
 
 import torch
 from torch import Tensor
 
+from configs.descent import Scores
 from configs.model import PAGE_SIZE
-
-Scores = Callable[[Tensor], Tensor]
-"""How well keys suit the best-suited query of each block: positions int64 [Hq, B, C] -> [Hq, B, C]."""
 
 
 def mean_queries(rows: Tensor, present: Tensor, stride: int) -> Tensor:
@@ -57,23 +53,3 @@ def tabled_scores(queries: Tensor, k: Tensor, held: Tensor) -> Scores:
     dropped = (~held).repeat_interleave(PAGE_SIZE, dim=1)[:, None, None]
     table = table.masked_fill_(dropped, float("-inf")).flatten(0, 1)  # [Hq, B, P * 64]
     return lambda positions: table.gather(2, positions)
-
-
-def descend(scores: Scores, left: Tensor, right: Tensor, width: int) -> Tensor:
-    """The best score met on the way down from each piece, -inf if it is empty: float32 [Hq, B, C].
-
-    Pieces [left, right) [Hq, B, C] int64 have at most `width` keys. In each of floor(log2(width)) + 1 rounds
-    a piece is halved, and goes on as the half whose middle key scores best; ties go right. So each round asks
-    for 2 keys of a piece.
-    """
-    is_empty = left >= right
-    left, right = left.masked_fill(is_empty, 0), right.masked_fill(is_empty, 1)
-    best = torch.full(left.shape, float("-inf"), device=left.device)
-    for _ in range(width.bit_length()):
-        middle = (left + right) // 2
-        probes = torch.cat(((left + middle) // 2, (middle + right) // 2), dim=-1)
-        in_left, in_right = scores(probes).chunk(2, dim=-1)
-        goes_left = in_left > in_right
-        best = torch.maximum(best, torch.where(goes_left, in_left, in_right))
-        left, right = torch.where(goes_left, left, middle), torch.where(goes_left, middle, right)
-    return best.masked_fill_(is_empty, float("-inf"))

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.descent import Scores, check_stages, descend
 from configs.model import PAGE_SIZE, ModelInfo
 from sparse.base import Chunk, KeyView, StateRegistry
-from sparse.descent import Scores, descend, mean_queries, probed_scores, tabled_scores
+from sparse.descent import mean_queries, probed_scores, tabled_scores
 from sparse.page_rules import check_range, forced_pages, with_last_rows_dense
 from sparse.page_scores import (
     SCORE_ELEMS,
@@ -50,8 +51,7 @@ class HiP:
                 f"widths, keep and strides have {len(self.widths)}, {len(self.keep)} and {len(self.strides)} "
                 "numbers; each needs one for every stage"
             )
-        _check_widths(self.widths)
-        _check_keep(self.keep, self.widths)
+        check_stages(self.widths, self.keep, UNITS)
         for stride in self.strides:
             if stride < 1 or PAGE_SIZE % stride:
                 raise ValueError(f"strides ({stride}) must divide the {PAGE_SIZE} rows of a query block")
@@ -160,20 +160,3 @@ class _Search:
             else:
                 self.known[stride] = probed_scores(queries, self.k, self.held)
         return self.known[stride]
-
-
-def _check_widths(widths: Sequence[int]) -> None:
-    for wider, width in zip(widths, widths[1:], strict=False):
-        if width < 1 or wider % width or wider == width:
-            raise ValueError(f"widths ({width}) must divide the {wider} before it, and be less")
-    if widths[-1] not in UNITS:
-        raise ValueError(f"widths ({widths[-1]}) must end with {' or '.join(map(str, UNITS))}")
-
-
-def _check_keep(keep: Sequence[int], widths: Sequence[int]) -> None:
-    for kept, width in zip(keep, widths, strict=True):
-        if kept < width or kept % width:
-            raise ValueError(f"keep ({kept}) must be a multiple of the {width} keys of its pieces")
-    for before, kept in zip(keep, keep[1:], strict=False):
-        if kept > before:
-            raise ValueError(f"keep ({kept}) must be at most the {before} of the stage before it")
