@@ -68,10 +68,10 @@ def attend_dense(
         if start:
             past = _flash(grouped, k[:, :start], v[:, :start], scale, is_causal=False)
             out, lse = _merge(past, (out, lse))
-    return _with_sinks(out.flatten(0, 1), lse.flatten(0, 1), features.sinks, q.dtype)
+    return with_sinks(out.flatten(0, 1), lse.flatten(0, 1), features.sinks, q.dtype)
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Attended:
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Attended:
     """out [Hq, T, D] and lse [Hq, T] once a sink has taken its share of each row. sinks [Hq]."""
     if sinks is not None:
         whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
@@ -98,7 +98,7 @@ def _attend_lists(
         return Attended(torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32))
     own = _attend_own_pages(q, start, keys, selection, scale, features)
     out, lse = _merge(own, _attend_past(q, start, keys, selection, scale, features))
-    return _with_sinks(out, lse, features.sinks, q.dtype)
+    return with_sinks(out, lse, features.sinks, q.dtype)
 
 
 def _attend_own_pages(

@@ -13,7 +13,7 @@ from configs.rotation import Rotation
 from sparse.selection import Selection
 
 if TYPE_CHECKING:
-    from sparse.estimator import Estimator
+    from sparse.index import Index
 
 
 class KeyView(Protocol):
@@ -80,8 +80,8 @@ class Chunk:
     slot: int
     pre_rope: Callable[[], tuple[Tensor, Tensor]] = _no_pre_rope
     """q [Hq, Tq, D] and k [Hkv, Tq, D] of this chunk and layer before RoPE, computed when asked for."""
-    estimate: "Estimator | None" = None
-    """The last-window estimator of the device; None = sparse.estimator.estimate."""
+    index: "Index | None" = None
+    """What methods select with on this device; None = torch: see sparse/index.py."""
     rotation: Rotation | None = None
     """RoPE of this layer, for keys of earlier chunks; None = the layer rotates nothing."""
 

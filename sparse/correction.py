@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.features import Features
 from configs.model import PAGE_SIZE
 from sparse.base import Chunk, KeyView
-from sparse.page_scores import SCORE_ELEMS, block_pages, held_pages, mean_keys, mean_values, query_pages
+from sparse.page_scores import SCORE_ELEMS, block_pages, held_pages, mean_pages, query_pages
 from sparse.selection import ALL, Correction, Selection
 
 
@@ -23,7 +23,11 @@ def mean_correction(pages: Tensor, keys: KeyView, chunk: Chunk) -> Correction:
     past = torch.arange(pages.shape[2], device=pages.device) < block_pages(chunk, pages.device)[:, None]
     held = held_pages(keys, num_tokens)
     # What is dropped may hold anything, and 0 * NaN is NaN.
-    k, v = (means(keys, num_tokens).masked_fill(~held[..., None], 0) for means in (mean_keys, mean_values))
+    means = mean_pages if chunk.index is None else chunk.index.mean_pages
+    k, v = (
+        means(keys, num_tokens, values=of_values).masked_fill(~held[..., None], 0)
+        for of_values in (False, True)
+    )
     if pages.shape[0] < held.shape[0]:  # one list for all heads: a page counts where all of them hold it
         held = held.all(0, keepdim=True)
     held = held.repeat_interleave(pages.shape[0] // held.shape[0], 0)[:, None]

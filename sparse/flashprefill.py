@@ -9,15 +9,9 @@ from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
 from sparse.base import Chunk, KeyView, StateRegistry
+from sparse.index import index_of
 from sparse.page_rules import check_range, forced_pages, read_pages, visible_pages
-from sparse.page_scores import (
-    SCORE_ELEMS,
-    block_pages,
-    held_pages,
-    mean_keys,
-    query_pages,
-    rows_present,
-)
+from sparse.page_scores import block_pages, held_pages
 from sparse.selection import Selection
 
 
@@ -54,7 +48,9 @@ class FlashPrefill:
     def select(self, layer: int, q: Tensor, keys: KeyView, chunk: Chunk, *, scale: float) -> Selection:
         num_tokens = chunk.start + chunk.length
         block_page = block_pages(chunk, q.device)
-        energy = log_energy(q, mean_keys(keys, num_tokens), chunk, scale=scale)  # [Hkv, B, P]
+        index = index_of(chunk)
+        mean_k = index.mean_pages(keys, num_tokens)
+        energy = index.log_energy(q, mean_k, chunk, scale=scale)  # [Hkv, B, P]
         num_pages = energy.shape[2]
         complete = torch.arange(num_pages, device=q.device) < num_tokens // PAGE_SIZE
         scored = visible_pages(block_page, num_pages) & (held_pages(keys, num_tokens) & complete)[:, None]
@@ -65,25 +61,3 @@ class FlashPrefill:
         least = rivals.amax(-1, keepdim=True) + (math.log(self.alpha) if self.alpha else float("-inf"))
         pages = ((energy >= least) & scored) | forced
         return read_pages(pages, chunk, self.last_rows_dense, keys if self.correct_means else None)
-
-
-def log_energy(q: Tensor, mean_k: Tensor, chunk: Chunk, *, scale: float) -> Tensor:
-    """Log of the sum of exp(scale * q . mean key) over the rows and query heads of a block: [Hkv, B, P].
-
-    q [Hq, Tq, D], mean_k [Hkv, P, D]. In logs, so that no score is too large or too small.
-    """
-    num_kv_heads, num_pages, head_dim = mean_k.shape
-    rows = query_pages(q, chunk.start)  # [Hq, B, 64, D]
-    num_heads, num_blocks = rows.shape[:2]
-    rows = rows.view(num_kv_heads, -1, num_blocks, PAGE_SIZE, head_dim)
-    absent = ~rows_present(chunk, q.device)  # [B, 64]
-    energy = mean_k.new_empty(num_kv_heads, num_blocks, num_pages)
-    step = max(1, SCORE_ELEMS // (num_heads * PAGE_SIZE * num_pages))
-    for block in range(0, num_blocks, step):
-        piece = slice(block, block + step)
-        some = rows[:, :, piece].to(mean_k.dtype)
-        scores = scale * some.flatten(1, 3) @ mean_k.mT
-        scores = scores.view(num_kv_heads, -1, some.shape[2], PAGE_SIZE, num_pages)
-        scores.masked_fill_(absent[piece][..., None], float("-inf"))
-        energy[:, piece] = scores.transpose(1, 2).flatten(2, 3).logsumexp(2)
-    return energy

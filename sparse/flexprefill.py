@@ -9,9 +9,9 @@ from torch.nn.functional import pad
 
 from configs.model import PAGE_SIZE, ModelInfo
 from sparse.base import Chunk, KeyView, StateRegistry
-from sparse.estimator import estimate
+from sparse.index import index_of
 from sparse.page_rules import check_range, check_share, visible_pages
-from sparse.page_scores import block_pages, held_pages, mean_keys
+from sparse.page_scores import block_pages, held_pages
 from sparse.pattern_masks import keep_lines, page_means, pages_on_diagonals
 from sparse.selection import ExactRows, Selection, dense, lists_from_mask
 
@@ -56,9 +56,10 @@ class FlexPrefill:
         if num_rows == chunk.length:  # the estimator would compute every row
             return replace(dense(q.device), estimator_rows=chunk.length)
         last = q[:, -num_rows:]
-        seen = (chunk.estimate or estimate)(last, num_tokens - num_rows, keys, scale=scale)
+        index = index_of(chunk)
+        seen = index.estimate(last, num_tokens - num_rows, keys, scale=scale)
         block_page = block_pages(chunk, q.device)
-        mean_k = mean_keys(keys, num_tokens).repeat_interleave(q.shape[0] // keys.pages.shape[0], 0)
+        mean_k = index.mean_pages(keys, num_tokens).repeat_interleave(q.shape[0] // keys.pages.shape[0], 0)
         held = held_pages(keys, num_tokens).repeat_interleave(q.shape[0] // keys.pages.shape[0], 0)  # [Hq, P]
 
         columns, diagonals = seen.columns / num_rows, seen.diagonals / num_rows  # [Hq, N], each adds up to 1

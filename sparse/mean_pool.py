@@ -7,6 +7,7 @@ from torch import Tensor
 
 from configs.model import ModelInfo
 from sparse.base import Chunk, KeyView, StateRegistry
+from sparse.index import index_of
 from sparse.page_rules import (
     check_range,
     check_share,
@@ -15,7 +16,7 @@ from sparse.page_rules import (
     read_pages,
     visible_pages,
 )
-from sparse.page_scores import block_pages, held_pages, mean_keys
+from sparse.page_scores import block_pages, held_pages
 from sparse.pattern_masks import page_means
 from sparse.selection import Selection
 
@@ -50,7 +51,7 @@ class MeanPool:
 
     def select(self, layer: int, q: Tensor, keys: KeyView, chunk: Chunk, *, scale: float) -> Selection:
         num_tokens = chunk.start + chunk.length
-        mean_k = mean_keys(keys, num_tokens)  # [Hkv, P, D]
+        mean_k = index_of(chunk).mean_pages(keys, num_tokens)  # [Hkv, P, D]
         mean_q = page_means(q, chunk.start % 64)  # [Hq, B, D]
         block_page = block_pages(chunk, q.device)
         num_heads, num_blocks = mean_q.shape[:2]

@@ -1,7 +1,7 @@
 """MInference: each head reads by its pattern; most often the columns and diagonals that the last queries of a
 chunk look at."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,35 +10,23 @@ from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
 from sparse.base import Chunk, KeyView, StateRegistry
-from sparse.estimator import Estimate, estimate
 from sparse.head_files import read_heads
 from sparse.head_patterns import (
-    NUM_LOCAL,
-    NUM_SINKS,
     HeadGroup,
     HeadPattern,
     LayerHeads,
     head_pattern,
     layer_heads,
 )
-from sparse.pattern_masks import (
-    best_pages,
-    keep_lines,
-    outside_pages,
-    page_diagonals,
-    page_means,
-    pages_on_diagonals,
-    window_pages,
-)
+from sparse.index import index_of
+from sparse.pattern_masks import best_pages, page_means, window_pages
 from sparse.selection import (
     ALL,
     BlockLists,
     ExactRows,
     Selection,
     dense,
-    lists_from_ids,
     lists_from_mask,
-    pack,
 )
 
 OPTIONS_OF = {  # what a pattern reads of the options that not all of them do
@@ -132,22 +120,25 @@ class MInference:
         num_pages = -(-num_tokens // PAGE_SIZE)
         first_page = chunk.start // PAGE_SIZE
         block_page = torch.arange(first_page, num_pages, device=q.device)  # [B] page of its rows
-        pages = torch.zeros(q.shape[0], num_pages - first_page, num_pages, dtype=torch.bool, device=q.device)
+        pages: list[tuple[Tensor, BlockLists]] = []
         gathered, exact = None, None
         if heads.lines is not None:
-            look = chunk.estimate or estimate
-            seen = look(q[:, -num_rows:], num_tokens - num_rows, keys, scale=scale)
+            index = index_of(chunk)
+            seen = index.estimate(q[:, -num_rows:], num_tokens - num_rows, keys, scale=scale)
             exact = ExactRows(seen.out, seen.lse)
-            pages[heads.lines.heads], gathered = self._lines(heads.lines, seen, block_page)
-            gathered = _spread(gathered, heads.lines.heads, q.shape[0])
+            lines = index.line_lists(seen, heads.lines, first_page, self.threshold)
+            pages.append((heads.lines.heads, lines.pages))
+            gathered = _joined([(heads.lines.heads, lines.columns)], q.shape[0])
         if heads.windows is not None:
             init, local = heads.windows.budgets
-            pages[heads.windows.heads] = window_pages(init, local, block_page, num_pages)
+            mask = window_pages(init, local, block_page, num_pages)
+            pages.append((heads.windows.heads, lists_from_mask(mask, PAGE_SIZE)))
         if heads.blocks is not None:
-            pages[heads.blocks.heads] = _best_pages(heads.blocks, q, keys, chunk, block_page)
+            mask = _best_pages(heads.blocks, q, keys, chunk, block_page)
+            pages.append((heads.blocks.heads, lists_from_mask(mask, PAGE_SIZE)))
         selection = Selection(
             query_block=PAGE_SIZE,
-            pages=lists_from_mask(pages, PAGE_SIZE),
+            pages=_joined(pages, q.shape[0]),
             gathered=gathered,
             exact=exact,
             estimator_rows=num_rows,
@@ -160,36 +151,26 @@ class MInference:
             self.layers[layer] = self.layers[layer].to(device)
         return self.layers[layer]
 
-    def _lines(self, group: HeadGroup, seen: Estimate, block_page: Tensor) -> tuple[Tensor, BlockLists]:
-        """Of the n heads of a group, pages [n, B, P] bool and the columns outside of them."""
-        num_tokens = seen.columns.shape[1]
-        most_verticals, most_slashes = (min(most, num_tokens) for most in group.most)
-        verticals = keep_lines(
-            seen.columns[group.heads], group.budgets[0], NUM_SINKS, most_verticals, self.threshold
-        )
-        slashes = keep_lines(
-            seen.diagonals[group.heads], group.budgets[1], NUM_LOCAL, most_slashes, self.threshold
-        )
-        pages = pages_on_diagonals(page_diagonals(slashes), block_page)
-        columns = pack(torch.arange(num_tokens, device=pages.device), verticals, most_verticals)  # [n, K]
-        alone = outside_pages(columns, verticals.sum(-1), pages, block_page)  # [n, B, K]
-        return pages, lists_from_ids(columns[:, None], alone, 1)
 
-
-def _spread(lists: BlockLists, heads: Tensor, num_heads: int) -> BlockLists:
-    """The lists of some heads as lists of all, empty for the others. heads [n] int64."""
-    starts = lists.starts.new_zeros(num_heads, lists.starts.shape[1])
-    counts = lists.counts.new_zeros(num_heads, lists.counts.shape[1])
-    starts[heads], counts[heads] = lists.starts, lists.counts
-    return replace(lists, starts=starts, counts=counts)
+def _joined(parts: Sequence[tuple[Tensor, BlockLists]], num_heads: int) -> BlockLists:
+    """Lists of all heads from those of groups: (heads [n] int64, lists [n, B]). Others have empty ones."""
+    heads, first = parts[0]
+    if len(heads) == num_heads:
+        return first
+    starts = first.starts.new_zeros(num_heads, first.starts.shape[1])
+    counts = first.counts.new_zeros(num_heads, first.counts.shape[1])
+    before = 0
+    for heads, lists in parts:
+        starts[heads], counts[heads] = lists.starts + before, lists.counts
+        before += lists.indices.shape[0]
+    return BlockLists(starts, counts, torch.cat([lists.indices for _, lists in parts]), first.unit)
 
 
 def _best_pages(group: HeadGroup, q: Tensor, keys: KeyView, chunk: Chunk, block_page: Tensor) -> Tensor:
     """The best pages of the n heads of a group: bool [n, B, P]."""
-    k = keys.contiguous()[0][:, : chunk.start + chunk.length]  # [Hkv, N, D]
-    mean_k = page_means(k, 0)
+    mean_k = index_of(chunk).mean_pages(keys, chunk.start + chunk.length)  # [Hkv, P, D]
     held = keys.pages[:, : mean_k.shape[1]] >= 0
-    kv_heads = group.heads // (q.shape[0] // k.shape[0])
+    kv_heads = group.heads // (q.shape[0] // mean_k.shape[0])
     mean_q = page_means(q[group.heads], chunk.start % PAGE_SIZE)
     return best_pages(
         mean_q @ mean_k[kv_heads].mT, held[kv_heads], group.budgets[0], group.most[0], block_page

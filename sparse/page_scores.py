@@ -1,5 +1,7 @@
 """What methods that score whole pages look at: keys by page, their means, and queries by page."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -42,21 +44,50 @@ def held_pages(keys: KeyView, num_tokens: int) -> Tensor:
     return keys.pages[:, : -(-num_tokens // PAGE_SIZE)] >= 0
 
 
-def mean_keys(keys: KeyView, num_tokens: int) -> Tensor:
-    """The mean key of each page, over the tokens there are: [Hkv, P, D] float32 (float64 if keys are)."""
-    return _means(key_pages(keys, num_tokens), num_tokens)
+class MeanPages(Protocol):
+    """The means of the keys or values of each page: see `mean_pages`."""
+
+    def __call__(self, keys: KeyView, num_tokens: int, *, values: bool = False) -> Tensor: ...
 
 
-def mean_values(keys: KeyView, num_tokens: int) -> Tensor:
-    """The mean value of each page, over the tokens there are: [Hkv, P, D] float32 (float64 if values are)."""
-    return _means(_pages_of(keys, keys.v_pool, keys.v_scales, num_tokens), num_tokens)
-
-
-def _means(x: Tensor, num_tokens: int) -> Tensor:
-    """x [Hkv, P, 64, D], zeros behind the last token -> [Hkv, P, D]."""
+def mean_pages(keys: KeyView, num_tokens: int, *, values: bool = False) -> Tensor:
+    """The mean key (or value) of each page, over the first num_tokens: [Hkv, P, D] float32 (float64 if they
+    are). Of dropped pages, anything.
+    """
+    pool, scales = (keys.v_pool, keys.v_scales) if values else (keys.k_pool, keys.k_scales)
+    x = _pages_of(keys, pool, scales, num_tokens)
     sums = x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
     first = PAGE_SIZE * torch.arange(x.shape[1], device=x.device)
     return sums / (num_tokens - first).clamp_max(PAGE_SIZE)[:, None]
+
+
+class LogEnergy(Protocol):
+    """How well the queries of a block suit mean keys: see `log_energy`."""
+
+    def __call__(self, q: Tensor, mean_k: Tensor, chunk: Chunk, *, scale: float) -> Tensor: ...
+
+
+def log_energy(q: Tensor, mean_k: Tensor, chunk: Chunk, *, scale: float) -> Tensor:
+    """Log of the sum of exp(scale * q . mean key) over the rows and query heads of a block: [Hkv, B, P].
+
+    q [Hq, Tq, D], mean_k [Hkv, P, D] float32. In logs, so that no score is too large or too small. Of pages
+    after the rows' own, anything.
+    """
+    num_kv_heads, num_pages, head_dim = mean_k.shape
+    rows = query_pages(q, chunk.start)  # [Hq, B, 64, D]
+    num_heads, num_blocks = rows.shape[:2]
+    rows = rows.view(num_kv_heads, -1, num_blocks, PAGE_SIZE, head_dim)
+    absent = ~rows_present(chunk, q.device)  # [B, 64]
+    energy = mean_k.new_empty(num_kv_heads, num_blocks, num_pages)
+    step = max(1, SCORE_ELEMS // (num_heads * PAGE_SIZE * num_pages))
+    for block in range(0, num_blocks, step):
+        piece = slice(block, block + step)
+        some = rows[:, :, piece].to(mean_k.dtype)
+        scores = scale * some.flatten(1, 3) @ mean_k.mT
+        scores = scores.view(num_kv_heads, -1, some.shape[2], PAGE_SIZE, num_pages)
+        scores.masked_fill_(absent[piece][..., None], float("-inf"))
+        energy[:, piece] = scores.transpose(1, 2).flatten(2, 3).logsumexp(2)
+    return energy
 
 
 def query_pages(q: Tensor, start: int) -> Tensor:

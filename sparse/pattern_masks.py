@@ -1,5 +1,7 @@
 """Which pages and columns a head pattern reads, for many heads at once. None of it waits for the device."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,22 @@ def keep_lines(
     scores [Hq, N] -> bool [Hq, N]; budgets [Hq] >= num_forced lines, at most `most` of the N there are. With
     a threshold, the fewest of these whose scores add up to that share of the sum of all.
     """
+    bar = line_bar(scores, budgets, num_forced, most, threshold)
+    above, equal = scores > bar.score[:, None], scores == bar.score[:, None]
+    above[:, :num_forced], equal[:, :num_forced] = True, False
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= bar.room[:, None]))
+
+
+@dataclass(frozen=True, slots=True)
+class LineBar:
+    """Which lines of a head are kept: the forced, those above a score, and the first that equal it."""
+
+    score: Tensor  # [Hq] the lowest that is kept; infinite where only forced lines are
+    room: Tensor  # [Hq] int64: how many that equal it, if there are so many
+
+
+def line_bar(scores: Tensor, budgets: Tensor, num_forced: int, most: int, threshold: float | None) -> LineBar:
+    """The bar of `keep_lines`, from the values of topk, which are sure; among equals its indices are not."""
     ranked = scores.clone()
     ranked[:, :num_forced] = float("inf")
     best = ranked.topk(most).values
@@ -22,7 +40,8 @@ def keep_lines(
         mass[:, :num_forced] = scores[:, :num_forced]
         short = mass.cumsum(-1) < threshold * scores.sum(-1, keepdim=True)
         budgets = torch.minimum(budgets, (short.sum(-1) + 1).clamp_min(num_forced))
-    return _keep_best(ranked, best, budgets)
+    lowest = best.gather(-1, (budgets.clamp_max(scores.shape[-1]) - 1)[:, None])
+    return LineBar(lowest[:, 0], budgets - (best > lowest).sum(-1))
 
 
 def _keep_best(scores: Tensor, best: Tensor, budgets: Tensor) -> Tensor:
@@ -65,16 +84,6 @@ def pages_on_diagonals(diagonals: Tensor, block_page: Tensor) -> Tensor:
 def _pages_back(block_page: Tensor, num_pages: int) -> Tensor:
     """How far before the page of block b each page lies: [B, P], negative for those after it."""
     return block_page[:, None] - torch.arange(num_pages, device=block_page.device)
-
-
-def outside_pages(columns: Tensor, counts: Tensor, pages: Tensor, block_page: Tensor) -> Tensor:
-    """Which verticals a query block must gather: those in earlier pages that it does not read anyway.
-
-    columns [Hq, K] ascending, of which the first counts [Hq] are real; pages [Hq, B, P] -> bool [Hq, B, K].
-    """
-    page = (columns // PAGE_SIZE).long()[:, None].expand(-1, block_page.shape[0], -1)  # [Hq, B, K]
-    real = torch.arange(columns.shape[1], device=columns.device) < counts[:, None, None]
-    return real & (page < block_page[:, None]) & ~pages.gather(2, page)
 
 
 def window_pages(init: Tensor, local: Tensor, block_page: Tensor, num_pages: int) -> Tensor:

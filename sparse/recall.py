@@ -123,12 +123,17 @@ def read_cells(selection: Selection, chunk: Chunk, num_query_heads: int, window:
 
 
 def read_cells_by_head(
-    selection: Selection, chunk: Chunk, num_query_heads: int, window: int | None = None
+    selection: Selection,
+    chunk: Chunk,
+    num_query_heads: int,
+    window: int | None = None,
+    delta: int | None = None,
 ) -> Tensor:
     """(query, key) pairs that a selection computes for a chunk: [Hq] int64. No host sync.
 
     Counted at the tiles: every key of a listed page or unit that a row may see, wanted or not. Exact rows
-    count as dense, since their estimator read every key. A layer with a window is read densely within it.
+    count as dense, since their estimator read every key; so does every delta-th row, if there is a correction
+    by such rows. A layer with a window is read densely within it.
     """
     device = selection.pages.counts.device
     if selection.is_dense:
@@ -152,5 +157,7 @@ def read_cells_by_head(
     if selection.correction is not None:  # a mean is read as one key
         cells += selection.correction.left_out.sum(-1)[:, blocks]
     cells = torch.where(counts == ALL, listed, cells)
+    if delta is not None:
+        cells[:, ::delta] = listed[::delta]
     shared_by = num_query_heads // lists.num_heads
     return cells.sum(-1).repeat_interleave(shared_by) + visible[chunk.length - num_exact :].sum()

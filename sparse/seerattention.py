@@ -11,7 +11,7 @@ from configs.rotation import Rotation
 from sparse.base import Chunk, KeyView, StateRegistry
 from sparse.gate_files import Gate, read_gates
 from sparse.page_rules import check_range, forced_pages, read_pages, visible_pages
-from sparse.page_scores import block_pages, held_pages, key_pages
+from sparse.page_scores import SCORE_ELEMS, block_pages, held_pages, key_pages
 from sparse.pattern_masks import page_means
 from sparse.selection import Selection
 
@@ -83,9 +83,19 @@ def pooled_keys(k: Tensor, num_tokens: int, rotation: Rotation | None) -> Tensor
 
     k [Hkv, P, 64, D] after RoPE. The last page counts the tokens that it has.
     """
+    step = max(1, SCORE_ELEMS // k[:, 0].numel())  # pages at once: in fp32 keys take twice their room
+    pieces = [
+        _pooled(k[:, page : page + step], page * PAGE_SIZE, num_tokens, rotation)
+        for page in range(0, k.shape[1], step)
+    ]
+    return torch.cat(pieces, dim=1)
+
+
+def _pooled(k: Tensor, start: int, num_tokens: int, rotation: Rotation | None) -> Tensor:
+    """`pooled_keys` of some pages, the first of which begins at position `start`."""
     num_heads, num_pages = k.shape[:2]
     k = k.flatten(1, 2).float()  # [Hkv, P * 64, D]
-    positions = torch.arange(k.shape[1], device=k.device)
+    positions = start + torch.arange(k.shape[1], device=k.device)
     if rotation is not None:
         k = rotation.undo(k, positions)
     behind = (positions >= num_tokens)[:, None]
@@ -93,7 +103,7 @@ def pooled_keys(k: Tensor, num_tokens: int, rotation: Rotation | None) -> Tensor
         k.masked_fill(behind, fill).view(num_heads, num_pages, PAGE_SIZE, -1)
         for fill in (float("-inf"), float("inf"), 0.0)
     )
-    counts = (num_tokens - PAGE_SIZE * torch.arange(num_pages, device=k.device)).clamp_max(PAGE_SIZE)
+    counts = (num_tokens - positions[::PAGE_SIZE]).clamp_max(PAGE_SIZE)
     return torch.cat((largest.amax(2), smallest.amin(2), total.sum(2) / counts[:, None]), dim=-1)
 
 

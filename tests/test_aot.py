@@ -25,6 +25,7 @@ COMPILED = {
         "attention sm_90 bf16 D128, 128 rows of 4 heads: dense",
         "attention sm_100 bf16 D64, 128 rows of 4 heads: pages, units of 1",
         "estimator sm_90 bf16 D128: lines",
+        "antidiagonals sm_90 bf16 D128, 16 apart",
     ],
     "kvcache": [
         "rows sm_80 bf16 D64, 4 heads, split +window +sinks",

@@ -9,7 +9,15 @@ import torch
 
 from configs.aot import ARCHITECTURES, Build, main
 from configs.features import NO_FEATURES, Features
-from sparse.kernels import triton_attention, triton_estimator
+from sparse.antidiagonals import STRIDES
+from sparse.kernels import (
+    triton_antidiagonals,
+    triton_attention,
+    triton_energy,
+    triton_estimator,
+    triton_lines,
+    triton_means,
+)
 
 # mma.sync, wgmma, tcgen05.mma as disassembled: what 64 rows or more are multiplied by
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -43,6 +51,15 @@ def builds() -> Iterator[Build]:
             yield attention_build(architecture, head_dim, 4, unit=1, features=features)
         for head_dim in HEAD_DIMS:
             yield from estimator_builds(architecture, head_dim)
+            yield from page_builds(architecture, head_dim)
+        for pages in ("i8", "fp8e4nv") if architecture >= 90 else ("i8",):
+            yield means_build(architecture, 128, pages)
+        for stride in STRIDES:
+            yield antidiagonals_build(architecture, 128, stride)
+        for head_dim in (64, 256):
+            yield antidiagonals_build(architecture, head_dim)
+        yield antidiagonals_build(architecture, 128, pages="i8")
+        yield from lines_builds(architecture)
 
 
 def attention_build(
@@ -126,6 +143,84 @@ def estimator_builds(architecture: int, head_dim: int, pages: str | None = None)
             constants=constants,
             options=chosen,
             tensor_core=multiplies,
+        )
+
+
+def means_build(architecture: int, head_dim: int, pages: str | None = None) -> Build:
+    """Means of pages in bf16, or of codes."""
+    types = {"pool": f"*{pages or 'bf16'}", "pages": "*i32", "means": "*fp32"}
+    types |= {"scales": "*fp32"} if pages else {}
+    types |= dict.fromkeys(("num_tokens", "num_pages", "stride_pages"), "i32")
+    return Build(
+        name=f"means sm_{architecture} {pages or 'bf16'} D{head_dim}",
+        kernel=triton_means._means_kernel,
+        architecture=architecture,
+        types=types,
+        constants=triton_means.constants(head_dim),
+        options=triton_means.OPTIONS,
+        tensor_core="",
+    )
+
+
+def page_builds(architecture: int, head_dim: int) -> Iterator[Build]:
+    """Means of pages, and queries times means in groups of 4 query heads."""
+    yield means_build(architecture, head_dim)
+    types = {"q": "*bf16", "means": "*fp32", "energy": "*fp32", "factor": "fp32"}
+    types |= dict.fromkeys(("start", "num_rows", "num_blocks", "num_pages"), "i32")
+    yield Build(
+        name=f"energy sm_{architecture} bf16 D{head_dim}",
+        kernel=triton_energy._energy_kernel,
+        architecture=architecture,
+        types=types | dict.fromkeys(("stride_q_head", "stride_q_row"), "i32"),
+        constants=triton_energy.constants(head_dim=head_dim, group=4, interpreted=False),
+        options=triton_energy.options(head_dim),
+        tensor_core=TENSOR_CORE[architecture],
+    )
+
+
+def antidiagonals_build(
+    architecture: int, head_dim: int, stride: int = 16, pages: str | None = None
+) -> Build:
+    """Sums over antidiagonals by page, in groups of 4 query heads; over pages in bf16, or of codes."""
+    kernel = triton_antidiagonals._antidiagonals_kernel
+    types = {"q": "*bf16", "k_pool": f"*{pages or 'bf16'}", "pages": "*i32", "log_sums": "*fp32"}
+    types |= {"factor": "fp32"} | ({"k_scales": "*fp32"} if pages else {})
+    types |= dict.fromkeys(("start", "num_rows", "first_square", "num_squares", "num_pages"), "i32")
+    shape = f"D{head_dim}, {stride} apart{f' of {pages}' if pages else ''}"
+    return Build(
+        name=f"antidiagonals sm_{architecture} bf16 {shape}",
+        kernel=kernel,
+        architecture=architecture,
+        types=types | {name: "i32" for name in kernel.arg_names if name.startswith("stride_")},
+        constants=triton_antidiagonals.constants(
+            head_dim=head_dim, group=4, stride=stride, interpreted=False
+        ),
+        options=triton_antidiagonals.options(head_dim),
+        tensor_core=TENSOR_CORE[architecture],
+    )
+
+
+def lines_builds(architecture: int) -> Iterator[Build]:
+    """The walks over columns and over diagonals, and the lists: the same for every model."""
+    types = dict.fromkeys(("sums", "bars"), "*fp32") | {"rooms": "*i64"}
+    types |= dict.fromkeys(("floors", "ceils"), "*i8")
+    names = ("ids", "counts", "id_counts", "pages", "page_counts", "columns", "column_counts")
+    types |= dict.fromkeys(names, "*i32")
+    sizes = ("num_lines", "width", "num_marks", "first_page", "num_blocks", "page_width", "column_width")
+    types |= dict.fromkeys(sizes, "i32")
+    for part, kernel, options in (
+        ("columns", triton_lines._columns_kernel, triton_lines.WALK_OPTIONS),
+        ("diagonals", triton_lines._diagonals_kernel, triton_lines.WALK_OPTIONS),
+        ("lists", triton_lines._lists_kernel, triton_lines.LIST_OPTIONS),
+    ):
+        yield Build(
+            name=f"lines sm_{architecture}: {part}",
+            kernel=kernel,
+            architecture=architecture,
+            types={name: type_ for name, type_ in types.items() if name in kernel.arg_names},
+            constants=triton_lines.constants(part),
+            options=options,
+            tensor_core="",
         )
 
 

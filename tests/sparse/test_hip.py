@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import sparse.hip
+from configs.descent import descend
 from kvcache.state import StateRegistry
-from sparse.descent import descend, mean_queries, probed_scores, tabled_scores
+from sparse.descent import mean_queries, probed_scores, tabled_scores
 from sparse.hip import HiP
 from sparse.selection import Selection
 from tests.sparse.builders import make_chunk, make_keys, make_model

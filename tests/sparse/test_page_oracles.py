@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kvcache.state import StateRegistry
+from sparse.antidiagonals import antidiagonal_mass
 from sparse.base import Chunk, PrefillMethod
 from sparse.flashprefill import FlashPrefill
 from sparse.mean_pool import MeanPool
-from sparse.page_scores import held_pages, key_pages
 from sparse.selection import Selection
-from sparse.xattention import XAttention, antidiagonal_mass
+from sparse.xattention import XAttention
 from tests.reference import causal
 from tests.sparse.builders import make_chunk, make_keys, make_model, make_qkv, selected_mask
 
@@ -89,13 +89,11 @@ def test_the_mass_of_a_query_block_adds_up_to_its_squares(
     start: int, length: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever part of its page the chunk has, and in however many pieces it is computed."""
-    monkeypatch.setattr("sparse.xattention.SCORE_ELEMS", pieces)
+    monkeypatch.setattr("sparse.antidiagonals.SCORE_ELEMS", pieces)
     q, k, v = make_qkv(start, length, 4, 2)
     keys, chunk = make_keys(k, v), make_chunk(start, length)
     num_tokens = start + length
-    mass = antidiagonal_mass(
-        q, key_pages(keys, num_tokens), held_pages(keys, num_tokens), chunk, stride=8, scale=SCALE
-    )
+    mass = antidiagonal_mass(q, keys, chunk, stride=8, scale=SCALE)
     for block in range(mass.shape[1]):
         page = start // PAGE + block
         squares = {at // 8 for at in range(max(start, page * PAGE), min(num_tokens, (page + 1) * PAGE))}

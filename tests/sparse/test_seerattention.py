@@ -18,7 +18,7 @@ from kvcache.state import StateRegistry
 from sparse.attention import attend
 from sparse.base import Chunk
 from sparse.recall import causal_cells, read_cells
-from sparse.seerattention import SeerAttention
+from sparse.seerattention import SeerAttention, pooled_keys
 from sparse.selection import dense
 from tests.sparse.builders import PagedKeys, make_chunk, make_keys, make_model, make_qkv, selected_mask
 from tests.tiny import plan
@@ -179,6 +179,13 @@ def test_even_weights_over_many_pages_leave_no_row_without_keys(tmp_path: Path) 
     method = make_method(write(tmp_path, weights), threshold=0.03, last_rows_dense=0)
     selection, _, _ = prompt.select(method, 0, 64 * 40)
     assert selection.pages.counts[:, 38:].tolist() == [[2, 2]] * 4
+
+
+def test_pooling_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = torch.randn(2, 5, 64, D, generator=torch.Generator().manual_seed(0))
+    whole = pooled_keys(k, 300, ROPE)
+    monkeypatch.setattr("sparse.seerattention.SCORE_ELEMS", 2 * 2 * 64 * D)  # two pages at once
+    assert torch.equal(pooled_keys(k, 300, ROPE), whole)
 
 
 def test_rotating_and_back_changes_nothing() -> None:

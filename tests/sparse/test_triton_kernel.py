@@ -5,7 +5,9 @@ import pytest
 from tests.triton_cases import run_cases
 
 pytest.importorskip("triton")
-CASES = ("tests/sparse/triton_attention_cases.py", "tests/sparse/triton_estimator_cases.py")
+CASES = tuple(
+    f"tests/sparse/triton_{kernel}_cases.py" for kernel in ("attention", "estimator", "lines", "page")
+)
 
 
 def test_cases_hold_in_the_interpreter() -> None:
