@@ -37,6 +37,9 @@ class PrefillPart(_Part):
     recall_floor: float | None = Field(
         None, gt=0, le=1, description="a head whose sampled attention recall is lower reads everything"
     )
+    delta: int | None = Field(
+        None, ge=1, le=PAGE_SIZE, description="every so many rows one is read densely and corrects the others"
+    )
 
     @field_validator("chunk")
     @classmethod
@@ -44,6 +47,13 @@ class PrefillPart(_Part):
         if chunk % PAGE_SIZE:
             raise ValueError(f"{chunk} is not a multiple of {PAGE_SIZE} (the tokens of a page)")
         return chunk
+
+    @field_validator("delta")
+    @classmethod
+    def _divides_pages(cls, delta: int | None) -> int | None:
+        if delta is not None and PAGE_SIZE % delta:
+            raise ValueError(f"{delta} does not divide the {PAGE_SIZE} tokens of a page, where chunks begin")
+        return delta
 
     @field_validator("layers", mode="before")
     @classmethod

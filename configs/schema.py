@@ -34,6 +34,11 @@ def parse_count(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(parse_count)]
 
 
+def _on_or_off(value: Any) -> Any:
+    """What YAML reads as a truth value, as people wrote it."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -46,6 +51,10 @@ class EngineConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the device computes it natively, else float32"
     )
+    weights_dtype: Literal["auto", "bfloat16"] = Field(
+        "auto",
+        description="of weights in memory; auto: dtype; bfloat16: half of float32, which they widen to (CPU)",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | Literal["auto"] = Field(
         "auto",
@@ -55,6 +64,13 @@ class EngineConfig(_Section):
         None, description="a longer context than the model was made for: linear:F or yarn:F, F times as long"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
+    cuda_graphs: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
+        "auto", description="record decode steps at start; auto: where there is a GPU that can; on: or refuse"
+    )
+    cuda_graph_batch: int = Field(64, ge=1, description="sequences of the largest step that is recorded")
+    cuda_graph_memory: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = Field(
+        2**30, description="bytes of GPU memory that recorded steps may take, set aside beside the page pool"
+    )
 
 
 class CacheConfig(_Section):

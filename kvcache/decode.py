@@ -22,6 +22,24 @@ SHORTEST_IN_GROUP = 0.75  # of the longest: bounds what padding costs
 UNITS = (16, PAGE_SIZE)  # tokens that a decode method may select together
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredKeys:
+    """The keys of all pages, as they are stored."""
+
+    pool: Tensor  # [num_pages, PAGE_SIZE, D]
+    scales: Tensor | None  # [num_pages, PAGE_SIZE] where these are codes
+
+    def at(self, places: Tensor) -> Tensor:
+        """Some of them: float32 [..., D]. places int64 [...], page * PAGE_SIZE + offset."""
+        flat = places.flatten()
+        keys = self.pool.flatten(0, 1).index_select(0, flat)
+        if self.scales is None:
+            keys = keys.float()
+        else:
+            keys = dequantise(keys, self.scales.flatten().index_select(0, flat), torch.float32)
+        return keys.view(*places.shape, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """What the rows of one decode step hold, the step's own tokens included. B slots, one new token each."""
@@ -30,6 +48,7 @@ class Rows:
     pages: Tensor  # [L, B, Hkv, P] int32 page ids by place, -1 = none
     held: Tensor  # [L, B, Hkv] int32 tokens
     max_held: int  # the largest of them, known on the host
+    keys: StoredKeys  # of which pages are the ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +69,7 @@ class RowSelection:
             return torch.zeros_like(held)
         last = self.ids.gather(2, (self.counts - 1).clamp_min(0).long().unsqueeze(2)).squeeze(2)
         missing = ((last + 1) * self.unit - held).clamp_min(0)
-        return torch.where(self.counts > 0, self.counts * self.unit - missing, 0).int()
+        return (self.counts * self.unit - missing).masked_fill(self.counts == 0, 0).int()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +98,8 @@ class DecodeMethod(Protocol):
     def select(self, layer: int, queries: Queries, rows: Rows, states: StateRegistry) -> RowSelection | None:
         """What each row reads in this layer, None = all it holds. Not asked where the layer has a window.
 
-        Selections of a step have the same unit and the same K in all layers.
+        Selections of a step have the same unit and the same K in all layers. What is done goes by tensors and
+        `rows.max_held` alone: it may be recorded once and replayed for other rows.
         """
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcache.origins import Origins
+from kvcache.holdings import Contents
 from kvcache.pool import PagePool
 
 PIECE_BYTES = 64 * 2**20  # copied at once: what a copy may take of a device whose memory is full
@@ -28,11 +28,7 @@ class ArenaFull(RuntimeError):
 class Swapped:
     """All that a sequence held, in the arena, until it comes back or is forgotten."""
 
-    pages: NDArray[np.int32]  # [L, Hkv, P]: its row of the page table, by page of the arena, -1 = none
-    held: NDArray[np.int32]  # [L, Hkv] tokens
-    computed: int
-    reserved: int
-    origins: Origins | None
+    contents: Contents  # by page of the arena
     slot_state: list[Tensor]
     keys: list[bytes]  # of the columns it had pinned: what is there of them still is borrowed again
     tokens: NDArray[np.int32]  # of those columns
@@ -40,8 +36,9 @@ class Swapped:
     most: int  # pages it could be promised in the end
 
     @property
-    def num_pages(self) -> int:
-        return int((self.pages >= 0).sum())
+    def pages(self) -> NDArray[np.int32]:
+        """Of the arena."""
+        return self.contents.pages[self.contents.pages >= 0]
 
 
 class HostArena:

@@ -94,6 +94,10 @@ class HostColumns:
         self._clock += 1
         self._last_used[[self._by_key[key] for key in keys if key in self._by_key]] = self._clock
 
+    def clear(self) -> None:
+        """Forget every column."""
+        self._forget(np.array(list(self._by_key.values()), dtype=np.int64))
+
     def check(self) -> None:
         """Every column has its key and its pages."""
         named = [column for column, key in enumerate(self._keys) if key is not None]
@@ -110,7 +114,9 @@ class HostColumns:
         """For so many columns, which were not here."""
         known = np.array(list(self._by_key.values()), dtype=np.int64)
         order = np.lexsort((-self._depth[known], self._last_used[known]))
-        leaving = known[order[: max(0, count - len(self._free))]]
+        self._forget(known[order[: max(0, count - len(self._free))]])
+
+    def _forget(self, leaving: Columns) -> None:
         self._arena.release(self._pages[leaving].ravel())
         self._pages[leaving] = -1
         for column in leaving:

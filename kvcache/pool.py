@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.model import PAGE_SIZE
-from configs.quantised import is_quantised, token_bytes
+from configs.quantised import dequantise, is_quantised, token_bytes
 from kvcache.state import StateRegistry
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector a kernel loads
@@ -32,9 +32,9 @@ def page_bytes(head_dim: int, dtype: torch.dtype, states: StateRegistry) -> int:
 class PagePool:
     """`num_pages` pages, handed out by id. A page is free when nobody refers to it."""
 
-    k: Tensor  # [num_pages, PAGE_SIZE, D]
-    v: Tensor  # [num_pages, PAGE_SIZE, D]
-    k_scales: Tensor | None  # [num_pages, PAGE_SIZE] float32, one per token; None where pages hold no codes
+    k: Tensor  # [num_pages + 1, PAGE_SIZE, D], the scratch page last
+    v: Tensor  # [num_pages + 1, PAGE_SIZE, D]
+    k_scales: Tensor | None  # [num_pages + 1, PAGE_SIZE] float32, by token; None where pages hold no codes
     v_scales: Tensor | None
     references: NDArray[np.int32]  # [num_pages]
     page_bytes: int
@@ -51,7 +51,7 @@ class PagePool:
     ) -> None:
         if num_pages < 1:
             raise ValueError(f"the cache has {num_pages} pages; it needs at least 1: give it more memory")
-        shape = (num_pages, PAGE_SIZE, head_dim)
+        shape = (num_pages + 1, PAGE_SIZE, head_dim)
         # Zeros, not garbage: masked attention multiplies unwritten values by 0, and 0 * NaN is NaN.
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
@@ -69,6 +69,11 @@ class PagePool:
         return len(self.references)
 
     @property
+    def scratch_page(self) -> int:
+        """A page that is never handed out: what belongs to nobody may be written there."""
+        return self.num_pages
+
+    @property
     def by_token(self) -> list[Tensor]:
         """What each token of a page carries, to be moved: [num_pages, PAGE_SIZE, ...]; codes as bytes."""
         if self.k_scales is None or self.v_scales is None:
@@ -83,6 +88,13 @@ class PagePool:
     @property
     def num_free(self) -> int:
         return self._num_free
+
+    def keys(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """The keys of these pages [n], as attention reads them: [n, PAGE_SIZE, D]."""
+        keys = self.k.index_select(0, pages)
+        if self.k_scales is None:
+            return keys
+        return dequantise(keys, self.k_scales.index_select(0, pages), dtype)
 
     def allocate(self, count: int) -> NDArray[np.int32]:
         """`count` free pages, each referred to once. Contents are whatever was there."""

@@ -151,6 +151,11 @@ class PrefixCache:
         self.leaving(columns)
         self._forget(columns)
 
+    def clear(self) -> None:
+        """Forget every column that nobody pins."""
+        columns, _ = self._unpinned()
+        self._forget(columns)
+
     def check(self) -> None:
         """Keys, parents and pages agree, and every column has its references."""
         known = np.array(sorted(self._by_key.values()), dtype=np.int64)

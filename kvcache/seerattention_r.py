@@ -97,7 +97,7 @@ class SeerAttentionR:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, wanted.indices, True)
             kept &= place < newest
         kept |= forced & (held > 0).unsqueeze(-1)
-        ids = torch.where(kept, place, len(place)).sort(dim=-1).values
+        ids = place.expand_as(kept).masked_fill(~kept, len(place)).sort(dim=-1).values
         return RowSelection(ids, kept.sum(-1, dtype=torch.int32), PAGE_SIZE)
 
     def _queries(self, layer: int, queries: Queries) -> Tensor:

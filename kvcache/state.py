@@ -122,11 +122,11 @@ class StateRegistry:
             self._slots[name] = torch.zeros((num_slots, *one.shape), dtype=one.dtype, device=device)
 
     def of_pages(self, name: str) -> Tensor:
-        """[num_pages, *shape]."""
+        """[num_pages, *shape], the page of nobody included: see PagePool.scratch_page."""
         return self._pages[name]
 
     def of_slots(self, name: str) -> Tensor:
-        """[S, *shape]."""
+        """[S, *shape], a slot of nobody included, the last."""
         return self._slots[name]
 
     def all_pages(self) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,8 @@ from server import errors
 from server.admin import Admin
 from server.auth import Keys
 from server.chat_reply import ChatReply
-from server.completion import answer
+from server.chat_request import parse_chat
+from server.completion import Piece, answer
 from server.disconnect import unless_disconnected
 from server.docs_page import docs_endpoints
 from server.gate import Gate
@@ -29,14 +30,15 @@ from server.metrics import Metrics
 from server.openapi import openapi
 from server.page import page_endpoints
 from server.prepare import Job, expect_model, prepare_chat, prepare_completion, salted
-from server.protocol import Request as CheckedRequest
-from server.protocol import parse_chat, parse_completion
+from server.request import Request as CheckedRequest
 from server.responses import Head, Reply
 from server.responses_reply import ResponsesReply
 from server.responses_request import own_words, parse_responses
+from server.several import interleaved, together
 from server.streaming import DONE, EventStream, event
 from server.structured import StructuredOutputs
 from server.text_reply import TextReply
+from server.text_request import parse_completion
 from server.tokenizer import Tokenizer
 from server.tokens import Tokens
 from server.version import farspan_version
@@ -52,11 +54,11 @@ def build_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     limits = Limits(config, metrics.refused)
     outputs = StructuredOutputs(tokenizer.grammars)
-    api = _Api(engine, tokenizer, config, metrics, outputs, limits, Admin(limits))
+    api = _Api(engine, tokenizer, config, metrics, outputs, limits, Admin(limits, engine))
     errors.install(app)
     keys = keys or Keys()
     plans = [plan.name for plan in engine.card.plans]
-    document = openapi(metrics.model_name, plans, locked=keys.are_needed)
+    document = openapi(metrics.model_name, plans, locked=keys.are_needed, has_admins=keys.has_admins)
     admin = api.admin.endpoints() if keys.has_admins else {}
     texts = Tokens(engine, tokenizer, metrics.model_name, api.body)
     posts: dict[str, Endpoint] = {
@@ -105,18 +107,17 @@ class _Api:
         checked = parse_chat(await self.body(request))
         self._expect(checked)
         job = await prepare_chat(checked, self.engine.card, self.tokenizer, self.outputs)
-        return await self._answer(
-            request, checked, job, ChatReply(self._head(job), job, checked, self.tokenizer)
-        )
+        reply = ChatReply(self._head(job), job, checked, self.tokenizer)
+        return await self._answer(request, checked, [(job, reply)])
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions"""
         checked = parse_completion(await self.body(request))
         self._expect(checked)
-        job = await prepare_completion(checked, self.engine.card, self.tokenizer, self.outputs)
-        return await self._answer(
-            request, checked, job, TextReply(self._head(job), job, checked, self.tokenizer)
-        )
+        jobs = await prepare_completion(checked, self.engine.card, self.tokenizer, self.outputs)
+        head = self._head(jobs[0])
+        parts = [(job, TextReply(head, job, checked, self.tokenizer)) for job in jobs]
+        return await self._answer(request, checked, parts)
 
     async def responses(self, request: Request) -> Response:
         """POST /v1/responses"""
@@ -126,7 +127,7 @@ class _Api:
             self._expect(checked)
             job = await prepare_chat(checked, self.engine.card, self.tokenizer, self.outputs)
         reply = ResponsesReply(self._head(job), job, asked, checked, self.tokenizer)
-        return await self._answer(request, checked, job, reply)
+        return await self._answer(request, checked, [(job, reply)])
 
     async def models(self) -> Response:
         """GET /v1/models: the one model, with what it takes and under which plans."""
@@ -191,21 +192,31 @@ class _Api:
         trouble = None if self.engine.is_ready else self._trouble
         return JSONResponse({**msgspec.to_builtins(self.engine.stats), **pool, "trouble": trouble})
 
-    async def _answer(self, request: Request, checked: CheckedRequest, job: Job, reply: Reply) -> Response:
+    async def _answer(
+        self, request: Request, checked: CheckedRequest, parts: Sequence[tuple[Job, Reply]]
+    ) -> Response:
+        """The reply to one request: to its prompt, or to several."""
         visit: Visit = request.state.visit
-        job = replace(
-            salted(job, checked, visit.key),
-            client_id=visit.request_id,
-            traceparent=request.headers.get("traceparent", ""),
-        )
         card = self.engine.card
-        self.limits.queue(visit, job.submit.prompt_length, card.max_model_len * card.max_num_seqs)
-        begun = partial(self.limits.answered, visit)
-        pieces = answer(job, self.engine, self.tokenizer, self.metrics, begun)
+        tokens = sum(job.submit.prompt_length for job, _ in parts)
+        self.limits.queue(visit, tokens, card.max_model_len * card.max_num_seqs)
+        trace = request.headers.get("traceparent", "")
+        answers = [
+            (reply, self._pieces(replace(job, client_id=visit.request_id, traceparent=trace), checked, visit))
+            for job, reply in parts
+        ]
         if checked.stream:
-            events = _events(reply.chunks(pieces), typed=isinstance(reply, ResponsesReply))
+            streams = [reply.chunks(pieces) for reply, pieces in answers]
+            chunks = streams[0] if len(streams) == 1 else interleaved(streams, checked.n)
+            events = _events(chunks, typed=isinstance(parts[0][1], ResponsesReply))
             return EventStream(events, self.config.sse_keep_alive_interval)
-        return await unless_disconnected(request.receive, _whole(reply.whole(pieces)))
+        replies = [reply.whole(pieces) for reply, pieces in answers]
+        content = replies[0] if len(replies) == 1 else together(replies, checked.n)
+        return await unless_disconnected(request.receive, _whole(content))
+
+    def _pieces(self, job: Job, checked: CheckedRequest, visit: Visit) -> AsyncGenerator[Piece, None]:
+        begun = partial(self.limits.answered, visit, job.submit.prompt_length)
+        return answer(salted(job, checked, visit.key), self.engine, self.tokenizer, self.metrics, begun)
 
     def _head(self, job: Job) -> Head:
         return Head(

@@ -8,10 +8,10 @@ from typing import Any
 
 from engine.messages import Cost, FinishReason
 from server.calls_in_text import ToolCall
+from server.chat_request import ChatCompletionRequest
 from server.completion import Piece
 from server.logprobs import chat_logprobs, joined, prompt_logprobs
 from server.prepare import Job
-from server.protocol import ChatCompletionRequest
 from server.responses import Head, chunk_usage, cost_json, cost_of, progress_json, usage_json
 from server.speech import Said, Speech
 from server.tokenizer import Tokenizer

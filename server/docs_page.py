@@ -52,8 +52,8 @@ def _page(document: dict[str, Any]) -> str:
                 parts += _fields(_named(operation["requestBody"]["content"]), schemas)
             parts += _replies(operation["responses"])
     parts.append("<h2>Objects</h2>")
-    posts = [methods for methods in document["paths"].values() if "post" in methods]
-    shown = {_named(methods["post"]["requestBody"]["content"]) for methods in posts}
+    posts = [methods["post"] for methods in document["paths"].values() if "post" in methods]
+    shown = {_named(post["requestBody"]["content"]) for post in posts if "requestBody" in post}
     for name in (name for name in schemas if name not in shown):
         parts.append(f'<h3 id="{name}"><code>{name}</code></h3>')
         parts.append(f"<p>{escape(schemas[name].get('description', ''))}</p>")

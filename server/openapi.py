@@ -5,16 +5,12 @@ from typing import Any
 
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from server.protocol import (
-    MAX_BIASES,
-    MAX_STOP_CHARACTERS,
-    Body,
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from server.bounds import MAX_BIASES, MAX_STOP_CHARACTERS
+from server.chat_request import ChatCompletionRequest
+from server.checking import Body
 from server.responses_request import ResponsesRequest
+from server.text_request import CompletionRequest
+from server.tokens_request import DetokenizeRequest, TokenizeRequest
 from server.version import farspan_version
 
 Schema = dict[str, Any]
@@ -25,6 +21,11 @@ POSTS: dict[str, tuple[type[Body], str, bool]] = {  # what is sent, what it is f
     "/v1/responses": (ResponsesRequest, "The next message of a chat, in OpenAI's newer form.", True),
     "/tokenize": (TokenizeRequest, "The token ids of a text, or of a chat as the model would see it.", False),
     "/detokenize": (DetokenizeRequest, "The text of token ids.", False),
+}
+ADMIN_POSTS: dict[str, str] = {  # without a body; there where there is an admin key
+    "/admin/drain": "Take no new requests; what is open goes on to its end.",
+    "/admin/resume": "Take requests again.",
+    "/admin/cache/clear": "Forget the beginnings of prompts that nobody reads now.",
 }
 GETS: dict[str, str] = {
     "/v1/models": "The one model, with what it takes and under which plans.",
@@ -42,6 +43,7 @@ OPEN = ("/health", "/readyz", "/livez")  # need no key
 _REFUSALS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "No API key, or a wrong one.",
+    "403": "This needs the admin key.",
     "404": "No such model, plan or URL.",
     "405": "This URL does not take this method.",
     "408": "The request's own `timeout` has passed.",
@@ -69,7 +71,7 @@ _ONE: Schema = {"type": "array", "minItems": 1, "maxItems": 1}
 _PROMPT: Schema = {"anyOf": [_TEXT, _IDS, _ONE | {"items": _TEXT}, _ONE | {"items": _IDS}]}
 
 
-def openapi(model: str, plans: Sequence[str], *, locked: bool) -> Schema:
+def openapi(model: str, plans: Sequence[str], *, locked: bool, has_admins: bool = False) -> Schema:
     """The whole document. Anybody may read it: with API keys (`locked`) it does not name what is served."""
     schemas = _schemas()
     if not locked:
@@ -83,6 +85,9 @@ def openapi(model: str, plans: Sequence[str], *, locked: bool) -> Schema:
         paths[path] = {"post": _operation(path, words, streams=streams) | {"requestBody": body}}
     for path, words in GETS.items():
         paths[path] = {"get": _operation(path, words)}
+    if has_admins:
+        for path, words in ADMIN_POSTS.items():
+            paths[path] = {"post": _operation(path, words) | {"security": [{"key": []}]}}
     name = {"name": "name", "in": "path", "required": True, "schema": _TEXT | {"minLength": 1}}
     paths["/v1/models/{name}"]["get"]["parameters"] = [name]
     return {

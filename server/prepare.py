@@ -13,8 +13,11 @@ import msgspec
 
 from engine.errors import BadRequest, NotFound, PromptTooLong
 from engine.messages import ModelCard, PlanCard, Reports, Sampling, Submit
-from server.protocol import SHOWN, ChatCompletionRequest, CompletionRequest, Request
+from server.bounds import SHOWN
+from server.chat_request import ChatCompletionRequest
+from server.request import Request
 from server.structured import StructuredOutputs, asked_of
+from server.text_request import CompletionRequest
 from server.tokenizer import Tokenizer
 
 MAX_PROMPT_LOGPROBS = 2**20  # values in one reply
@@ -62,7 +65,7 @@ async def prepare_chat(
     # The template writes the special tokens itself.
     tokens = await _encode(text, request, card, tokenizer, add_special_tokens=False, field="messages")
     job = _job(f"chatcmpl-{uuid.uuid4().hex}", request, tokens, plan, card, "messages", arrived)
-    job = await _structured(job, request, outputs)
+    [job] = await _structured([job], request, outputs)
     if tokenizer.marks_reasoning and job.submit.sampling.grammar is None:
         job = replace(job, reasoning=_reasoning(text))
     return job
@@ -70,23 +73,31 @@ async def prepare_chat(
 
 async def prepare_completion(
     request: CompletionRequest, card: ModelCard, tokenizer: Tokenizer, outputs: StructuredOutputs
-) -> Job:
-    """The job of a text completion. Raises BadRequest or NotFound."""
+) -> list[Job]:
+    """The jobs of a text completion, one for each prompt. Raises BadRequest or NotFound."""
     arrived = time.monotonic()
     plan = _find_plan(request, card)
-    if isinstance(request.prompt, str):
-        tokens = await _encode(
-            request.prompt, request, card, tokenizer, add_special_tokens=True, field="prompt"
-        )
+    name = f"cmpl-{uuid.uuid4().hex}"
+    jobs = []
+    for number, prompt in enumerate(request.prompts):
+        if isinstance(prompt, str):
+            tokens = await _encode(prompt, request, card, tokenizer, add_special_tokens=True, field="prompt")
+        else:
+            tokens = prompt
+        request_id = f"{name}-{number}" if number else name
+        job = _job(request_id, request, tokens, plan, card, "prompt", arrived)
+        jobs.append(await _echoing(job, prompt, request, tokenizer) if request.echo else job)
+    return await _structured(jobs, request, outputs)
+
+
+async def _echoing(
+    job: Job, prompt: str | list[int], request: CompletionRequest, tokenizer: Tokenizer
+) -> Job:
+    """The job with its prompt's text to be shown before the answer, or alone."""
+    if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
+        text = prompt
     else:
-        tokens = request.prompt
-    job = _job(f"cmpl-{uuid.uuid4().hex}", request, tokens, plan, card, "prompt", arrived)
-    job = await _structured(job, request, outputs)
-    if not request.echo:
-        return job
-    if isinstance(request.prompt, str) and request.truncate_prompt_tokens is None:
-        return replace(job, echo=request.prompt, echo_only=request.max_tokens == 0)
-    text = await asyncio.to_thread(tokenizer.decode, job.submit.tokens)
+        text = await asyncio.to_thread(tokenizer.decode, job.submit.tokens)
     return replace(job, echo=text, echo_only=request.max_tokens == 0)
 
 
@@ -195,13 +206,20 @@ def _job(
     )
 
 
-async def _structured(job: Job, request: Request, outputs: StructuredOutputs) -> Job:
-    """The job with the grammar that its answer must obey; last, because it costs the most to refuse."""
+async def _structured(jobs: list[Job], request: Request, outputs: StructuredOutputs) -> list[Job]:
+    """The jobs with the grammar that their answers must obey; last, because it costs the most to refuse."""
     grammar = await outputs.grammar(asked_of(request))
     if grammar is None:
-        return job
-    sampling = msgspec.structs.replace(job.submit.sampling, grammar=grammar)
-    return replace(job, submit=msgspec.structs.replace(job.submit, sampling=sampling))
+        return jobs
+    return [
+        replace(
+            job,
+            submit=msgspec.structs.replace(
+                job.submit, sampling=msgspec.structs.replace(job.submit.sampling, grammar=grammar)
+            ),
+        )
+        for job in jobs
+    ]
 
 
 def _reasoning(text: str) -> Literal["none", "may come", "open"]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from engine.messages import Cost
 from server.completion import Piece
 from server.prepare import Job
-from server.protocol import Request
+from server.request import Request
 
 
 class Reply(Protocol):

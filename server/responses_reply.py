@@ -9,9 +9,9 @@ from typing import Any
 from engine.messages import FinishReason
 from server.calls_in_text import ToolCall
 from server.chat_reply import speech_of
+from server.chat_request import ChatCompletionRequest
 from server.completion import Piece
 from server.prepare import Job
-from server.protocol import ChatCompletionRequest
 from server.responses import Head, cost_json, usage_json
 from server.responses_request import FlatChoice, ResponsesRequest
 from server.speech import Said

@@ -7,16 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from engine.errors import BadRequest
-from server.protocol import (
-    INT64,
-    MAX_MESSAGES,
-    MAX_TOOLS,
-    Body,
-    ChatCompletionRequest,
-    FunctionName,
-    check,
-    decode_object,
-)
+from server.bounds import INT64, MAX_MESSAGES, MAX_TOOLS
+from server.chat_request import ChatCompletionRequest
+from server.checking import Body, check, decode_object
+from server.tools import FunctionName
 
 # Of OpenAI's parameters, those that are not served, and the values that ask for nothing.
 RESPONSES_NOTHING: dict[str, tuple[Any, ...]] = {

@@ -15,7 +15,9 @@ from configs.grammars import (
     written_grammar,
 )
 from engine.errors import BadRequest, Overloaded
-from server.protocol import SHOWN, ChatCompletionRequest, Request
+from server.bounds import SHOWN
+from server.chat_request import ChatCompletionRequest
+from server.request import Request
 
 MAX_CHARACTERS = 256 * 1024  # of a grammar
 SECONDS = 5.0  # to compile one; llguidance counts its own work, so that none takes as long by itself

@@ -10,8 +10,8 @@ from engine.messages import Cost
 from server.completion import Piece
 from server.logprobs import TextLogprobs, joined, prompt_logprobs
 from server.prepare import Job
-from server.protocol import CompletionRequest
 from server.responses import Head, chunk_usage, cost_json, cost_of, progress_json, usage_json
+from server.text_request import CompletionRequest
 from server.tokenizer import Tokenizer
 
 

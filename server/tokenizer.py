@@ -3,19 +3,14 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from configs.grammars import Grammars
 from engine.errors import BadRequest
+from server.template import FAILURES, ChatTemplate
 
 Message = dict[str, Any]  # role, content, and what else the client gave
 
@@ -44,7 +39,7 @@ class Tokenizer:
         self.tool_format = _tool_format(source or "")
         self.marks_reasoning = "</think>" in (source or "")
         self.kind = str(config.get("tokenizer_class") or type(self._tokens.model).__name__)
-        self._template = None if source is None else _compile(source)
+        self._template = None if source is None else ChatTemplate(source)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text. Slow for long texts: async code calls it in a thread."""
@@ -104,7 +99,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except FAILURES as error:
             # Templates complain about roles and their order this way: words for the caller.
             words = f"The model's chat template refuses these messages: {str(error)[:200]}"
             raise BadRequest(words, param="messages") from error
@@ -154,40 +149,6 @@ class Detokenizer:
         return new
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; for serving it is only its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(source: str) -> jinja2.Template:
-    """Sandboxed, with the names that HuggingFace's chat templates rely on."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which models were not trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
 def _tool_format(template: str) -> Literal["hermes", "llama3"] | None:
     if "tools" not in template:
         return None
@@ -216,10 +177,6 @@ def _letters() -> dict[str, int]:
 
 
 _BYTE_OF_LETTER = _letters()
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

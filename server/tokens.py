@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from engine.client import Engine
 from engine.errors import BadRequest
 from server.prepare import expect_model
-from server.protocol import TokenizeRequest, parse_detokenize, parse_tokenize
 from server.tokenizer import Tokenizer
+from server.tokens_request import TokenizeRequest, parse_detokenize, parse_tokenize
 
 
 @dataclass(frozen=True)

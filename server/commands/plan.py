@@ -180,7 +180,8 @@ def _show(
     console.print(table)
     floor = "none" if plan.recall_floor is None else plan.recall_floor
     below = "auto (measured at start)" if plan.dense_below is None else f"{plan.dense_below} tokens"
-    console.print(f"chunk {plan.chunk} tokens, dense below {below}, recall floor {floor}\n")
+    delta = "none" if plan.delta is None else f"every {plan.delta} rows"
+    console.print(f"chunk {plan.chunk} tokens, dense below {below}, recall floor {floor}, delta {delta}\n")
     console.print(
         f"KV memory in pages of {resolution.bytes_per_page} bytes"
         f" ({resolution.card.cache_dtype.replace('auto', resolution.dtype)}),"

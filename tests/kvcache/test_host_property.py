@@ -49,7 +49,7 @@ class HostDriver(SharingDriver):
         self.out: list[Out] = []
 
     def spoil(self) -> None:
-        free = self.cache.pool.references == 0
+        free = np.flatnonzero(self.cache.pool.references == 0)
         self.cache.pool.k[free] = self.cache.pool.v[free] = GARBAGE
 
     def find(self, keys: list[bytes], text: np.ndarray) -> np.ndarray:

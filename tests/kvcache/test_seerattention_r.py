@@ -13,7 +13,7 @@ from configs.model import PAGE_SIZE, ModelInfo
 from engine.plans import resolve_plan
 from engine.rope import Rotation
 from kvcache.cache import KVCache
-from kvcache.decode import Queries, Rows, RowSelection
+from kvcache.decode import Queries, Rows, RowSelection, StoredKeys
 from kvcache.seerattention_r import KEY, SeerAttentionR
 from kvcache.state import NewKeys, StateRegistry
 from tests.kvcache.builders import make_cache, make_model
@@ -99,7 +99,8 @@ class Gated:
         held = torch.full((LAYERS, 1, HEADS), self.keys.shape[2], dtype=torch.int32)
         width = -(-self.keys.shape[2] // PAGE_SIZE)
         pages = cache.table.device[self.slot, :, None, :, :width].contiguous()
-        rows = Rows(torch.tensor([self.slot]), pages, held, self.keys.shape[2])
+        stored = StoredKeys(cache.pool.k, cache.pool.k_scales)
+        rows = Rows(torch.tensor([self.slot]), pages, held, self.keys.shape[2], stored)
         queries = Queries(ROPE.apply(q[:, None], position).transpose(0, 1), position, ROPE)
         return self.method.select(layer, queries, rows, cache.states)
 

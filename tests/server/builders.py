@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from configs.schema import ServerConfig
 from engine.errors import EngineDead
 from engine.messages import (
+    CacheCleared,
     Cost,
     FinishReason,
     LayerRun,
@@ -164,6 +165,11 @@ class FakeEngine:
 
     async def end_choice(self, request_id: str, choice: int) -> None:
         self.ended_choices.append(choice)
+
+    async def clear_cache(self) -> CacheCleared:
+        if not self.is_ready:
+            raise EngineDead("not ready")
+        return CacheCleared(10, 3, self.stats)
 
     async def generate(self, submit: Submit) -> AsyncGenerator[TokenOutput, None]:
         if not self.is_ready:

@@ -8,6 +8,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.schema import ServerConfig
 from server.auth import Keys
+from server.openapi import ADMIN_POSTS
 from tests.server.builders import PATIENCE, FakeEngine, chat_body, events, http_server, say, then, until
 
 CHAT = "/v1/chat/completions"
@@ -64,6 +65,31 @@ def test_a_drained_server_ends_what_is_open_and_takes_nothing_new(folder: Path, 
         assert httpx.post(f"{url}/admin/resume", headers=with_key(ADMIN)).json()["draining"] is False
         assert httpx.get(f"{url}/readyz").status_code == 200
         assert events(httpx.post(url + CHAT, json=chat_body(stream=True), timeout=PATIENCE).text)
+
+
+def test_the_prefix_cache_is_cleared_for_the_admin_key_only(folder: Path, file: Path) -> None:
+    engine = FakeEngine(say(5))
+    with http_server(engine, folder, api_keys=(KEY,), admin_key_file=file) as url:
+        path = f"{url}/admin/cache/clear"
+        assert httpx.post(path).status_code == 401
+        assert httpx.post(path, headers=with_key(KEY)).status_code == 403
+        assert httpx.get(path, headers=with_key(ADMIN)).status_code == 405
+        cleared = httpx.post(path, headers=with_key(ADMIN))
+        assert cleared.status_code == 200 and cleared.json() == {"pages": 10, "host_pages": 3}
+        engine.is_ready = False
+        refused = httpx.post(path, headers=with_key(ADMIN))
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+
+
+def test_admin_routes_are_in_the_openapi_document_where_they_exist(folder: Path, file: Path) -> None:
+    for given, expected in (({"admin_key_file": file}, set(ADMIN_POSTS)), ({}, set())):
+        with http_server(FakeEngine(say(5)), folder, **given) as url:
+            paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+            assert {path for path in paths if path.startswith("/admin")} == expected
+            for path in expected:
+                assert paths[path]["post"]["security"] == [{"key": []}]
+                assert f"{path}</code></h2>" in httpx.get(f"{url}/docs").text
+                assert httpx.post(url + path, headers=with_key(ADMIN)).status_code == 200
 
 
 def test_admin_keys_come_from_file_and_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

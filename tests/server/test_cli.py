@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +20,7 @@ from server.cli import app
 from server.shadowing import ROOT, ShadowedPackage, refuse_shadowed_packages
 from sparse.methods import PREFILL_METHODS
 from tests.server.builders import save_tokenizer
-from tests.tiny import greedy, make_prompt, plan, save_tiny, tiny_engine
+from tests.tiny import save_tiny
 
 PATIENCE = 120  # seconds
 
@@ -143,30 +142,6 @@ def test_plan_matrix_as_json_has_every_cell() -> None:
     cells = json.loads(farspan("plan", "matrix", "--json").stdout)
     assert set(cells["prefill"]) == set(PREFILL_METHODS) and set(cells["decode"]) == set(DECODE_METHODS)
     assert cells["prefill"]["dense"]["snapkv"] == "page, copied"
-
-
-@pytest.mark.parametrize("policy", [{"policy": "keep_all"}, {"policy": "snapkv", "budget": 256}])
-def test_plan_check_predicts_what_live_sequences_hold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any]
-) -> None:
-    """Three sequences answer at once; /metrics shows `kv_bytes` of the engine's stats."""
-    save_tokenizer(save_tiny(tmp_path / "tiny"))
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(yaml.safe_dump({"kv": policy}))
-    flags = ("--prompt", "1000", "--answer", "64", "--concurrency", "3", "--dtype", "float32", "--json")
-    found = json.loads(farspan("plan", "check", "mine.yaml", "--model", "./tiny", *flags).stdout)
-    (memory,) = found["memory"]
-
-    tiny = tiny_engine(plan("mine", kv=policy))
-    held = []
-    for number in range(3):
-        tiny.submit(f"request {number}", make_prompt(1000, seed=number), greedy(64))
-    while tiny.engine.has_work:
-        stats = tiny.engine.step().stats
-        if stats.running == 3:
-            held.append(stats.kv_bytes)
-    assert memory["answering_bytes"]["3"] == pytest.approx(held[-1], rel=0.05)
-    assert 3 * memory["computing_bytes"] >= max(held)
 
 
 def test_plan_check_says_how_many_fit_and_refuses_prompts_that_do_not(

@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from server import openapi as documented
+from server.chat_request import ChatCompletionRequest
 from server.docs_page import DOCS_PATHS
 from server.openapi import openapi
 from server.page import PAGE_PATHS
-from server.protocol import ChatCompletionRequest
 from tests.server.builders import FakeEngine, http_server, routes, say
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from server.shadowing import ROOT
 from tests.server.builders import PATIENCE, events, save_tokenizer, until
-from tests.tiny import save_tiny
+from tests.tiny import make_prompt, save_tiny
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "the quick brown fox " * 20}]
@@ -72,6 +74,31 @@ def ask(server: Server, **changes: object) -> httpx.Response:
     return httpx.post(server.url + CHAT, json=body, timeout=PATIENCE)
 
 
+def assert_log_likelihoods_are_huggingfaces(server: Server, model: Path) -> None:
+    """What lm-eval's local-completions sends for a context and its continuation, and what it reads."""
+    tokens, context = list(make_prompt(150, seed=3)), 120
+    asked = {
+        "model": "tiny",
+        "prompt": [tokens],
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+    }
+    reply = httpx.post(f"{server.url}/v1/completions", json={**asked, "echo": True}, timeout=PATIENCE).json()
+    (choice,) = sorted(reply["choices"], key=lambda choice: choice["index"])
+    found = choice["logprobs"]["token_logprobs"][context:-1]
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(
+            torch.tensor([tokens])
+        ).logits
+    logprobs = logits[0, context - 1 : -1].log_softmax(-1)
+    expected = logprobs.gather(-1, torch.tensor(tokens[context:])[:, None])[:, 0]
+    assert found == pytest.approx(expected.tolist(), abs=1e-3)
+    best = [max(top.values()) for top in choice["logprobs"]["top_logprobs"][context:-1]]
+    assert best == pytest.approx(logprobs.max(-1).values.tolist(), abs=1e-3)
+
+
 def test_a_server_starts_answers_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     with started(model, tmp_path) as server:
         whole = ask(server).json()
@@ -85,6 +112,7 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(model: Path, tmp_path
         assert len(exact["logprobs"]["content"]) == 6  # with the end
         assert httpx.get(f"{server.url}/readyz").status_code == 200
         assert "farspan:kv_cache_bytes" in httpx.get(f"{server.url}/metrics").text
+        assert_log_likelihoods_are_huggingfaces(server, model)
 
         engine = server.engine()
         own = psutil.Process(server.process.pid).net_connections() + engine.net_connections()
