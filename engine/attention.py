@@ -19,11 +19,12 @@ from configs.features import Features
 from engine.kernels import Kernels
 from engine.plans import ResolvedPlan
 from engine.rope import Rope
-from kvcache.cache import KVCache
 from kvcache.decode import DecodeMethod, Queries, Rows, RowSelection
+from kvcache.holdings import Holdings
 from kvcache.reach import Reach
 from kvcache.state import NewKeys
 from sparse.base import Chunk, KeyView, PrefillMethod
+from sparse.delta import with_delta
 from sparse.dense import Dense
 from sparse.masks import intersect
 from sparse.recall import causal_cells, raise_to_floor, read_cells_by_head, recall
@@ -55,8 +56,8 @@ class DecodeRun:
     selections: dict[int, RowSelection] = field(default_factory=dict)  # by layer, where not all is read
     windows: dict[int, int] = field(default_factory=dict)  # by layer, where there is one
 
-    def tokens_read(self) -> list[tuple[int, int]]:
-        """By sequence: tokens read and readable, over layers and KV heads. Waits for the device, once."""
+    def read_counts(self) -> Tensor:
+        """By sequence: tokens read and readable, over layers and KV heads. int64 [2, B]."""
         held = self.rows.held.clone()  # [L, B, Hkv]
         for layer, window in self.windows.items():
             held[layer].clamp_max_(window)
@@ -66,10 +67,10 @@ class DecodeRun:
             ids, counts = (
                 torch.cat(parts) for parts in zip(*((s.ids, s.counts) for s in chosen), strict=True)
             )
-            whole = held[list(self.selections)]
+            whole = torch.stack([held[layer] for layer in self.selections])
             lengths = RowSelection(ids, counts, next(iter(chosen)).unit).lengths(whole.flatten(0, 1))
             read = readable + (lengths.view_as(whole) - whole).sum((0, 2))
-        return list(zip(read.tolist(), readable.tolist(), strict=True))
+        return torch.stack((read, readable))
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +105,7 @@ class ForwardBatch:
     """All that one forward's attention needs, travelling through HuggingFace's modules as one keyword
     argument."""
 
-    cache: KVCache
+    cache: Holdings
     kernels: Kernels
     rope: Rope
     positions: Tensor  # [T] int64, of the packed tokens
@@ -172,7 +173,7 @@ class ForwardBatch:
         chunk = replace(
             run.chunk,
             pre_rope=pre_rope,
-            estimate=self.kernels.estimate,
+            index=self.kernels.index,
             rotation=self.rope.rotations[index],
         )
         self.cache.write(k, v, run.destinations[index])
@@ -193,9 +194,12 @@ class ForwardBatch:
                 selection = raise_to_floor(selection, found, run.plan.recall_floor)
         if selection.exact is not None and (features.softcap is not None or features.sinks is not None):
             selection = self._exact_again(q, keys, chunk, selection, layer)
-        attended = self.kernels.attend(q, keys, chunk, selection, scale=scale, features=features)
-        out.copy_(attended.out.transpose(0, 1))
-        run.read_cells.append(read_cells_by_head(selection, chunk, q.shape[0], features.window))
+        rows = self.kernels.attend(q, keys, chunk, selection, scale=scale, features=features).out
+        delta = None if selection.is_dense else run.plan.delta
+        if delta is not None:
+            rows = with_delta(rows, q, keys, chunk, selection, delta, scale=scale, features=features)
+        out.copy_(rows.transpose(0, 1))
+        run.read_cells.append(read_cells_by_head(selection, chunk, q.shape[0], features.window, delta))
         run.causal_cells.append(causal_cells(chunk, 1, features.window))
         if chunk.is_last:
             window = min(run.plan.policy.query_window, chunk.length)

@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,8 @@ from engine.child import Child
 from engine.errors import EngineDead, PromptTooLong, StepFailed
 from engine.messages import (
     Abort,
+    CacheCleared,
+    ClearCache,
     FinishReason,
     Loading,
     ModelCard,
@@ -81,6 +84,9 @@ class Engine(Protocol):
     async def end_choice(self, request_id: str, choice: int) -> None:
         """Nobody reads this choice any more: it ends with ABORT, the others of its request go on."""
 
+    async def clear_cache(self) -> CacheCleared:
+        """Forget the beginnings of prompts that no live sequence counts on. Raises EngineDead."""
+
 
 class EngineClient:
     """Owns the engine process and the open requests, each with a queue of what its reader has not read."""
@@ -92,6 +98,7 @@ class EngineClient:
         self._on_step = on_step
         self._open: dict[str, OpenRequest] = {}
         self._suspects = Suspects()
+        self._clearing: deque[asyncio.Future[CacheCleared]] = deque()  # answered in the order they were asked
         self._card: ModelCard | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="farspan-"))  # mode 0700: no one else can connect
         self._context = zmq.asyncio.Context()
@@ -159,6 +166,15 @@ class EngineClient:
             self._open[request_id].unread.add(choice)
         await self._tell(Abort(request_id, choice))
 
+    async def clear_cache(self) -> CacheCleared:
+        if not self.is_ready:
+            raise EngineDead(self.death or self.loading.words)
+        cleared: asyncio.Future[CacheCleared] = asyncio.get_running_loop().create_future()
+        self._clearing.append(cleared)
+        with contextlib.suppress(EngineDead):  # it has just died: `_run_once` says so to all that wait
+            await self._send(ClearCache())
+        return await cleared
+
     async def stop(self) -> None:
         """End the process and everything of this client."""
         self._leaving.set()
@@ -213,6 +229,8 @@ class EngineClient:
         has_served, self.is_ready = has_served or self.is_ready, False  # its last word may have been Ready
         self._child.close()
         self.stats = self.stats.at_rest()
+        while self._clearing:
+            _settle(self._clearing.popleft(), EngineDead(words))
         if self._refusal is not None:
             return f"{words}: {self._refusal}"
         return await self._after_death(words, has_served=has_served)
@@ -244,6 +262,9 @@ class EngineClient:
                 match await child.hear():
                     case Outputs() as message:
                         await self._deliver(message)
+                    case CacheCleared() as message:
+                        self.stats = message.stats
+                        _settle(self._clearing.popleft(), message)
                     case Loading(phase=phase, fraction=fraction):
                         self.loading = Loading(phase, fraction, self.loading.reason)
                     case Resolved(card=card):
@@ -305,6 +326,16 @@ class EngineClient:
                 del self._open[output.request_id]
             if output.tokens or output.finish_reason is not None:
                 await self._clear(output.request_id)
+
+
+def _settle(waiting: asyncio.Future[CacheCleared], found: CacheCleared | EngineDead) -> None:
+    """Tell who waits, if anybody still does."""
+    if waiting.done():
+        return
+    if isinstance(found, EngineDead):
+        waiting.set_exception(found)
+    else:
+        waiting.set_result(found)
 
 
 def _milestone() -> asyncio.Future[ModelCard]:

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from configs.grammars import Grammars
 from configs.model import PAGE_SIZE
 from engine.constraints import Constraints
-from engine.messages import Cost, FinishReason, HeadCosts, Outputs, Stats, Submit, TokenOutput
+from engine.messages import (
+    CacheCleared,
+    Cost,
+    FinishReason,
+    HeadCosts,
+    Outputs,
+    Stats,
+    Submit,
+    TokenOutput,
+)
 from engine.plans import ResolvedPlan
 from engine.runner import ModelRunner, StepResult
 from engine.scheduler import Batch, Scheduler
@@ -92,6 +101,13 @@ class Engine:
                 self._end(sequence, FinishReason.ABORT)
         for sequence in self._constraints.forget(request_id, choice):
             self._end(sequence, FinishReason.ABORT)
+
+    def clear_cache(self) -> CacheCleared:
+        """Forget the beginnings of prompts that no live sequence counts on."""
+        before = self.stats()
+        self._cache.clear_prefixes()
+        now = self.stats()
+        return CacheCleared(now.pages_free - before.pages_free, before.pages_host - now.pages_host, now)
 
     def step(self) -> Outputs:
         """One forward for all that can run, and what came of it."""

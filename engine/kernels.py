@@ -14,16 +14,23 @@ import kvcache.kernels.cpu_quest
 import kvcache.kernels.cpu_store
 import kvcache.moves
 import kvcache.quest
+import sparse.antidiagonals
 import sparse.attention
 import sparse.estimator
 import sparse.kernels.cpu
+import sparse.lines
+import sparse.page_scores
 from configs.features import NO_FEATURES, Features
 from kvcache.decode import RowSelection
 from kvcache.moves import MoveKept, Moves, Store
 from kvcache.quest import BestUnits
+from sparse.antidiagonals import AntidiagonalMass
 from sparse.attention import Attended
 from sparse.base import Chunk, KeyView
 from sparse.estimator import Estimator
+from sparse.index import Index
+from sparse.lines import ListLines
+from sparse.page_scores import LogEnergy, MeanPages
 from sparse.selection import Selection
 
 log = logging.getLogger(__name__)
@@ -74,6 +81,15 @@ class Kernels:
     store: Store = kvcache.moves.store
     move_kept: MoveKept = kvcache.compaction.move_kept
     best_units: BestUnits = kvcache.quest.best_units
+    line_lists: ListLines = sparse.lines.line_lists
+    mean_pages: MeanPages = sparse.page_scores.mean_pages
+    log_energy: LogEnergy = sparse.page_scores.log_energy
+    antidiagonal_mass: AntidiagonalMass = sparse.antidiagonals.antidiagonal_mass
+
+    @property
+    def index(self) -> Index:
+        """Those that methods select with."""
+        return Index(self.estimate, self.line_lists, self.mean_pages, self.log_energy, self.antidiagonal_mass)
 
     @property
     def moves(self) -> Moves:
@@ -98,7 +114,14 @@ def triton_kernels() -> Kernels:
     """Those written in Triton; the log says where it is missing."""
     try:
         from kvcache.kernels import triton_compact, triton_decode, triton_store
-        from sparse.kernels import triton_attention, triton_estimator
+        from sparse.kernels import (
+            triton_antidiagonals,
+            triton_attention,
+            triton_energy,
+            triton_estimator,
+            triton_lines,
+            triton_means,
+        )
     except ImportError as error:
         log.warning("Triton cannot be imported, torch serves in the place of its kernels: %s", error)
         return Kernels()
@@ -108,4 +131,8 @@ def triton_kernels() -> Kernels:
         triton_estimator.estimate,
         triton_store.store,
         triton_compact.move_kept,
+        line_lists=triton_lines.line_lists,
+        mean_pages=triton_means.mean_pages,
+        log_energy=triton_energy.log_energy,
+        antidiagonal_mass=triton_antidiagonals.antidiagonal_mass,
     )

@@ -78,7 +78,11 @@ class Shutdown(Message, frozen=True):
     """Leave at once: open requests are lost."""
 
 
-ToEngine = Submit | Abort | Shutdown
+class ClearCache(Message, frozen=True):
+    """Forget the beginnings of prompts that no live sequence counts on. The answer is CacheCleared."""
+
+
+ToEngine = Submit | Abort | Shutdown | ClearCache
 
 # --- from the engine ---
 
@@ -107,6 +111,7 @@ class PlanCard(msgspec.Struct, frozen=True):
     chunk: int = 0  # tokens
     dense_below: int | None = 0  # prompts with fewer tokens read everything; None = not measured yet
     recall_floor: float | None = None
+    delta: int | None = None  # every so many rows one is read densely and corrects the others
     layers: tuple[LayerRun, ...] = ()
     policy_options: dict[str, Option] = {}
     decode_options: dict[str, Option] = {}
@@ -250,7 +255,15 @@ class Outputs(Message, frozen=True):
     stats: Stats
 
 
-FromEngine = Resolved | Loading | Refused | Ready | Outputs
+class CacheCleared(Message, frozen=True):
+    """What one ClearCache freed: pages of the pool, and of the host."""
+
+    pages: int
+    host_pages: int
+    stats: Stats
+
+
+FromEngine = Resolved | Loading | Refused | Ready | Outputs | CacheCleared
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -5,20 +5,18 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import msgspec
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from configs.errors import ConfigError, nearest
+from configs.errors import ConfigError
 from configs.model import ModelInfo
 from configs.plan import PlanFile
-from configs.schema import parse_count
 from engine.cards import layer_runs, options_of
 from engine.messages import PlanCard
+from engine.plugin_options import build
 from kvcache.decode import DecodeMethod, Full
 from kvcache.decode_methods import DECODE_METHODS
 from kvcache.keep_all import KeepAll
@@ -35,8 +33,6 @@ log = logging.getLogger(__name__)
 DENSE = Dense()
 MIN_WINDOW = 64  # queries that MInference's estimator looks at: no chunk but a whole prompt is shorter
 
-_Plugin = TypeVar("_Plugin")
-
 
 @dataclass(frozen=True)
 class ResolvedPlan:
@@ -50,6 +46,7 @@ class ResolvedPlan:
     chunk: int  # tokens
     dense_below: int | None  # tokens; None = auto, until it is measured: see engine/break_even.py
     recall_floor: float | None
+    delta: int | None  # every so many rows one is read densely and corrects the others
     model_identity: bytes  # what every prefill depends on
     prefill_identity: bytes  # what a prefill that is not dense depends on, beside the model and the policy
     card: PlanCard
@@ -97,79 +94,50 @@ class ResolvedPlan:
         return self.policy.pages_needed(prompt, total, self.chunk + self.window - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The plug-ins of a plan."""
+
+    main: PrefillMethod
+    policy: KVPolicy
+    decode: DecodeMethod
+    others: dict[str, PrefillMethod]  # by name, that some layers have instead
+
+
 def resolve_plan(
     plan: PlanFile, model: ModelInfo, states: StateRegistry | None = None, *, cache_dtype: str = "auto"
 ) -> ResolvedPlan:
     """Check a plan against a model and build its parts. Raises ConfigError with the path of the key at
     fault."""
-    states = states or StateRegistry()
     where = str(plan.source)
     files = plan.source.parent
     prefill = plan.prefill
-    if "grid" in prefill.options:
-        raise ConfigError(f"{where}: prefill.grid: belongs to the method and cannot be set")
-
-    main = _build(PREFILL_METHODS, prefill.method, prefill.options, f"{where}: prefill", "method")
-    policy = _build(KV_POLICIES, plan.kv.policy, plan.kv.options, f"{where}: kv", "policy")
-    decode = _build(DECODE_METHODS, plan.decode.method, plan.decode.options, f"{where}: decode", "method")
-    others = {
-        name: _build(PREFILL_METHODS, name, {}, f"{where}: prefill.layers", "method")
-        for name in set(prefill.layers.values())
-    }
-    parts: list[tuple[str, PrefillMethod | KVPolicy | DecodeMethod]] = [
-        ("prefill", main),
-        ("kv", policy),
-        ("decode", decode),
-        *(("prefill.layers", method) for method in others.values()),
-    ]
-    own = StateRegistry()
-    for part, plugin in parts:
-        try:
-            plugin.attach(model, files, own)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"{where}: {part}.{error}") from error
-
-    if policy.masks and prefill.recall_floor is not None:
-        raise ConfigError(
-            f"{where}: prefill.recall_floor: {plan.kv.policy} hides keys from every head, whatever they hold;"
-            " a head could not be made to read them. Leave the floor out"
-        )
-    if model.block_sparse is not None and not isinstance(policy, S2):
-        log.warning(
-            "%s: kv.policy: %s was trained to read blocks of its own, and %s reads others; s2 reads those",
-            *(where, model.name, plan.kv.policy),
-        )
-    if policy.compacts and any(model.windows):
-        raise ConfigError(
-            f"{where}: kv.policy: {plan.kv.policy} keeps tokens from anywhere in a prompt, and layers of"
-            f" {model.name} read a window of consecutive ones; use keep_all, which gives back what lies"
-            " behind a window"
-        )
-
-    if policy.compacts and not own.follows_compaction:
-        raise ConfigError(
-            f"{where}: kv.policy: {plan.kv.policy} moves tokens to other pages, and what another part of this"
-            f" plan keeps for each page ({own.page_bytes} bytes) cannot be rebuilt there; use a policy that"
-            " moves nothing: keep_all, streaming, moa or s2"
-        )
+    parts = _build_parts(plan)
+    own = _attach(parts, model, files, where)
+    _refuse_what_cannot_work(plan, parts.policy, own, model)
     try:
-        states.include(own)
+        (states or StateRegistry()).include(own)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     digest = _digest(plan, files, model)
-    methods = _methods_by_layer(main, others, prefill.layers, model, where)
+    methods = _methods_by_layer(parts.main, parts.others, prefill.layers, model, where)
     dense_below = None if prefill.dense_below == "auto" else prefill.dense_below
     if _all_dense(methods):
         dense_below = dense_below or 0  # nothing to measure
+        if prefill.delta is not None:
+            raise ConfigError(
+                f"{where}: prefill.delta: every row of {prefill.method} is read densely; leave it out"
+            )
     return ResolvedPlan(
         name=plan.name,
         digest=digest,
         methods=methods,
-        policy=policy,
-        decode=decode,
+        policy=parts.policy,
+        decode=parts.decode,
         chunk=prefill.chunk,
         dense_below=dense_below,
         recall_floor=prefill.recall_floor,
+        delta=prefill.delta,
         model_identity=json.dumps(
             {**dataclasses.asdict(model), "cache_dtype": cache_dtype}, sort_keys=True
         ).encode(),
@@ -180,13 +148,14 @@ def resolve_plan(
             prefill=prefill.method,
             policy=plan.kv.policy,
             decode=plan.decode.method,
-            budget=getattr(policy, "budget", None),
+            budget=getattr(parts.policy, "budget", None),
             chunk=prefill.chunk,
             dense_below=dense_below,
             recall_floor=prefill.recall_floor,
+            delta=prefill.delta,
             layers=layer_runs(methods),
-            policy_options=options_of(policy),
-            decode_options=options_of(decode),
+            policy_options=options_of(parts.policy),
+            decode_options=options_of(parts.decode),
         ),
     )
 
@@ -214,7 +183,7 @@ def spelled_out(plan: PlanFile) -> dict[str, Any]:
         ("decode", "method", plan.decode, DECODE_METHODS),
     )
     for part, key, written, kinds in parts:
-        built = _build(kinds, getattr(written, key), written.options, f"{where}: {part}", key)
+        built = build(kinds, getattr(written, key), written.options, f"{where}: {part}", key)
         content[part] |= options_of(built)
         content[part] |= {name: value for name, value in written.options.items() if isinstance(value, list)}
     return content
@@ -224,39 +193,70 @@ def _all_dense(methods: tuple[PrefillMethod, ...]) -> bool:
     return all(isinstance(method, Dense) for method in methods)
 
 
-def _build(
-    kinds: Mapping[str, type[_Plugin]], name: str, options: dict[str, Any], where: str, key: str
-) -> _Plugin:
-    """The plug-in of this name, with its options checked one by one: names, then types, then its own
-    rules."""
-    if name not in kinds:
-        raise ConfigError(f"{where}.{key}: no {key} {name!r}; {nearest(name, kinds)}")
-    kind = cast(Any, kinds[name])
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    values = {}
-    for option, value in options.items():
-        if option not in fields:
-            raise ConfigError(
-                f"{where}.{option}: {name} has no such option; {nearest(option, [*fields, key])}"
-            )
+def _build_parts(plan: PlanFile) -> _Parts:
+    where, prefill = str(plan.source), plan.prefill
+    if "grid" in prefill.options:
+        raise ConfigError(f"{where}: prefill.grid: belongs to the method and cannot be set")
+    return _Parts(
+        main=build(PREFILL_METHODS, prefill.method, prefill.options, f"{where}: prefill", "method"),
+        policy=build(KV_POLICIES, plan.kv.policy, plan.kv.options, f"{where}: kv", "policy"),
+        decode=build(DECODE_METHODS, plan.decode.method, plan.decode.options, f"{where}: decode", "method"),
+        others={
+            name: build(PREFILL_METHODS, name, {}, f"{where}: prefill.layers", "method")
+            for name in set(prefill.layers.values())
+        },
+    )
+
+
+def _attach(parts: _Parts, model: ModelInfo, files: Path, where: str) -> StateRegistry:
+    """The state that these plug-ins keep together."""
+    states = StateRegistry()
+    plugins: list[tuple[str, PrefillMethod | KVPolicy | DecodeMethod]] = [
+        ("prefill", parts.main),
+        ("kv", parts.policy),
+        ("decode", parts.decode),
+        *(("prefill.layers", method) for method in parts.others.values()),
+    ]
+    for part, plugin in plugins:
         try:
-            values[option] = _typed(fields[option].type, value)
-        except (ValidationError, ValueError) as error:
-            words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise ConfigError(f"{where}.{option}: {words} (got {value!r})") from error
-    try:
-        return cast(_Plugin, kind(**values))
-    except ValueError as error:
-        raise ConfigError(f"{where}.{error}") from error
+            plugin.attach(model, files, states)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{where}: {part}.{error}") from error
+    return states
 
 
-def _typed(kind: Any, value: Any) -> Any:
-    """A YAML value as the option's type: no string for a number, no yes for 1; files and counts (4K) as
-    people write them."""
-    if kind is int:
-        value = parse_count(value)
-    strict = Path not in (kind, *getattr(kind, "__args__", ()))
-    return TypeAdapter(kind, config=ConfigDict(strict=strict)).validate_python(value)
+def _refuse_what_cannot_work(
+    plan: PlanFile, policy: KVPolicy, states: StateRegistry, model: ModelInfo
+) -> None:
+    """Parts that are right by themselves, and not with each other or with this model."""
+    where, name = plan.source, plan.kv.policy
+    if policy.masks and plan.prefill.recall_floor is not None:
+        raise ConfigError(
+            f"{where}: prefill.recall_floor: {name} hides keys from every head, whatever they hold;"
+            " a head could not be made to read them. Leave the floor out"
+        )
+    if policy.masks and plan.prefill.delta is not None:
+        raise ConfigError(
+            f"{where}: prefill.delta: {name} hides keys from every row, and none could be read densely;"
+            " leave it out, or use a policy that masks nothing"
+        )
+    if model.block_sparse is not None and not isinstance(policy, S2):
+        log.warning(
+            "%s: kv.policy: %s was trained to read blocks of its own, and %s reads others; s2 reads those",
+            *(where, model.name, name),
+        )
+    if policy.compacts and any(model.windows):
+        raise ConfigError(
+            f"{where}: kv.policy: {name} keeps tokens from anywhere in a prompt, and layers of"
+            f" {model.name} read a window of consecutive ones; use keep_all, which gives back what lies"
+            " behind a window"
+        )
+    if policy.compacts and not states.follows_compaction:
+        raise ConfigError(
+            f"{where}: kv.policy: {name} moves tokens to other pages, and what another part of this plan"
+            f" keeps for each page ({states.page_bytes} bytes) cannot be rebuilt there; use a policy that"
+            " moves nothing: keep_all, streaming, moa or s2"
+        )
 
 
 def _methods_by_layer(

@@ -13,6 +13,7 @@ from configs.schema import ServeConfig
 from engine.engine import Engine
 from engine.messages import (
     Abort,
+    ClearCache,
     FromEngine,
     Loading,
     Ready,
@@ -67,6 +68,8 @@ def serve(engine: Engine, socket: "zmq.Socket[bytes]") -> None:
                     engine.submit(request)
                 case Abort(request_id=request_id, choice=choice):
                     engine.abort(request_id, choice)
+                case ClearCache():
+                    _send(socket, engine.clear_cache())
                 case Shutdown():
                     return
         if engine.has_work:

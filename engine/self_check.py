@@ -16,8 +16,13 @@ from kvcache.decode import UNITS, RowSelection
 from kvcache.pool import pages_for
 from kvcache.quest import PER_PAGE, Quest, write_bounds
 from kvcache.state import NewKeys, StateRegistry
+from sparse.antidiagonals import STRIDES
 from sparse.base import Chunk
-from sparse.selection import Selection, dense, lists_from_mask, num_query_blocks
+from sparse.estimator import estimate
+from sparse.head_patterns import NUM_LOCAL, HeadGroup
+from sparse.page_rules import visible_pages
+from sparse.page_scores import block_pages, mean_pages
+from sparse.selection import Selection, dense, lists_from_mask, mask_from_lists, num_query_blocks
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +170,43 @@ def _estimate(kernel: Any, case: _Case) -> list[Tensor]:
     return [seen.columns, seen.diagonals, seen.out, seen.lse]
 
 
+def _line_lists(kernel: Any, case: _Case) -> list[Tensor]:
+    """Of all heads, every second with diagonals that it need not read, so that columns lie between them."""
+    case.cache.write(case.k, case.v, case.destinations)
+    keys, num_heads, first_page = case.cache.view(0, 0, LENGTH), len(case.q), START // PAGE_SIZE
+    seen = estimate(case.q[:, -NUM_ROWS:], LENGTH - NUM_ROWS, keys, scale=case.q.shape[2] ** -0.5)
+    heads = torch.arange(num_heads, device=case.q.device)
+    budgets = (torch.full_like(heads, 60), NUM_LOCAL + heads % 2 * 40)
+    lists = kernel(seen, HeadGroup(heads, budgets, (60, NUM_LOCAL + 40)), first_page)
+    blocks = torch.arange(pages_for(LENGTH) - first_page, device=case.q.device)
+    return [
+        mask_from_lists(lists.pages, blocks, pages_for(LENGTH)),
+        mask_from_lists(lists.columns, blocks, LENGTH),
+    ]
+
+
+def _mean_pages(kernel: Any, case: _Case) -> list[Tensor]:
+    case.cache.write(case.k, case.v, case.destinations)
+    keys = case.cache.view(0, 0, LENGTH)
+    return [kernel(keys, LENGTH), kernel(keys, LENGTH, values=True)]
+
+
+def _log_energy(kernel: Any, case: _Case) -> list[Tensor]:
+    case.cache.write(case.k, case.v, case.destinations)
+    mean_k = mean_pages(case.cache.view(0, 0, LENGTH), LENGTH)
+    chunk = Chunk(START, LENGTH - START, LENGTH, LENGTH + 1, slot=0)
+    energy: Tensor = kernel(case.q[:, START:], mean_k, chunk, scale=case.q.shape[2] ** -0.5)
+    return [energy[:, visible_pages(block_pages(chunk, energy.device), energy.shape[2])]]
+
+
+def _antidiagonal_mass(kernel: Any, case: _Case) -> list[Tensor]:
+    case.cache.write(case.k, case.v, case.destinations)
+    keys = case.cache.view(0, 0, LENGTH)
+    chunk = Chunk(START, LENGTH - START, LENGTH, LENGTH + 1, slot=0)
+    q, scale = case.q[:, START:], case.q.shape[2] ** -0.5
+    return [kernel(q, keys, chunk, stride=stride, scale=scale) for stride in STRIDES]
+
+
 def _store(kernel: Any, case: _Case) -> list[Tensor]:
     kernel(case.cache.pool, case.k, case.v, case.destinations)
     return case.cache.pool.by_token
@@ -185,6 +227,10 @@ TRIALS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "attend": _attend,
     "attend_rows": _attend_rows,
     "estimate": _estimate,
+    "line_lists": _line_lists,
+    "mean_pages": _mean_pages,
+    "log_energy": _log_energy,
+    "antidiagonal_mass": _antidiagonal_mass,
     "store": _store,
     "move_kept": _move_kept,
     "best_units": _best_units,

@@ -17,11 +17,12 @@ from configs.quantised import FP8, INT8
 from configs.schema import ServeConfig
 from engine import attention
 from engine.break_even import measured
-from engine.dense_prefill import with_flash
+from engine.cuda_graph import check_graphs, cuda_graphs, graph_bytes
+from engine.dense_prefill import with_fastest_dense
 from engine.engine import Engine
 from engine.kernels import kernels_for
 from engine.layers import fuse_layers
-from engine.linear import speed_up_decode
+from engine.linear import can_be_fast, keep_in_bf16, speed_up_decode
 from engine.messages import ModelCard, Sampling, Submit
 from engine.models import end_tokens, load_model, model_info, prepare_model
 from engine.plans import ResolvedPlan, resolve_plans
@@ -90,6 +91,8 @@ def resolve(config: ServeConfig) -> Resolution:
     if not plans:
         raise ConfigError("plans: at least one plan is needed")
     dtype = dtype_for(config.engine.dtype, device)
+    check_weights_dtype(config.engine.weights_dtype, dtype, device)
+    check_graphs(config.engine.cuda_graphs, device)
     return Resolution(config, folder, model, states, plans, device, dtype, page_dtype)
 
 
@@ -113,13 +116,15 @@ def load(
     if device.type == "cpu":
         speed_up_decode(network)
         fuse_layers(network)
+        if config.engine.weights_dtype == "bfloat16":
+            keep_in_bf16(network)
     bytes_per_page = resolution.bytes_per_page
     num_pages = _pool_bytes(config, model, bytes_per_page, device) // bytes_per_page
     model = _fit_length(model, config, resolution.plans, num_pages)
     tell("kernels", 0.4)
     log.info("KV cache: %d pages, %d bytes per token held", num_pages, resolution.bytes_per_token)
     kernels = checked(kernels_for(device, resolution.page_dtype), model, dtype, device, resolution.page_dtype)
-    kernels = with_flash(kernels, model, dtype, device, resolution.page_dtype)
+    kernels = with_fastest_dense(kernels, model, dtype, device, resolution.page_dtype)
     cache = KVCache(
         model,
         CacheSize(num_pages, config.scheduler.max_num_seqs, model.max_length, *host_sizes(resolution)),
@@ -131,7 +136,10 @@ def load(
     )
     tell("from which length on sparse plans pay", 0.5)
     plans = measured(resolution.plans, model, cache, kernels, Rope.of(network))
-    runner = ModelRunner(network, cache, kernels, device)
+    tell("decode steps", 0.7)
+    methods = [plan.decode for plan in plans.values()]
+    graphs = cuda_graphs(config.engine, network, methods, cache, kernels)
+    runner = ModelRunner(network, cache, kernels, device, graphs)
 
     grammars = Grammars.if_possible(
         resolution.folder / "tokenizer.json", model.vocab_size, end_tokens(resolution.folder)
@@ -181,6 +189,21 @@ def dtype_for(asked: str, device: str) -> str:
     return "bfloat16" if native else "float32"
 
 
+def check_weights_dtype(asked: str, dtype: str, device: str) -> None:
+    """Weights of fewer bits need kernels that widen them as they are read. Raises ConfigError."""
+    if asked == "auto":
+        return
+    if device != "cpu" or dtype != "float32":
+        raise ConfigError(
+            f"engine.weights_dtype: {asked} is for a CPU that computes in float32; here is {dtype} on"
+            f" {device}: leave it out, and use engine.dtype"
+        )
+    if not can_be_fast():
+        raise ConfigError(
+            f"engine.weights_dtype: {asked} needs our C++ kernels, which cannot be compiled here: install g++"
+        )
+
+
 def page_dtype_for(asked: str, device: str) -> torch.dtype | None:
     """What quantised pages hold, None = what the model computes in."""
     if asked == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
@@ -200,6 +223,7 @@ def _pool_bytes(config: ServeConfig, model: ModelInfo, bytes_per_page: int, devi
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         available = free - int(total * (1 - config.cache.gpu_memory_utilization))
+        available -= graph_bytes(config.engine, device)
     else:
         available = int(_free_memory() * CPU_CACHE_SHARE)
     rows = model.num_layers * model.num_kv_heads

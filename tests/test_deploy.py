@@ -187,22 +187,28 @@ def test_a_pod_has_time_to_drain_and_no_privileges() -> None:
     assert "/tmp" in mounts, "the engine's socket and compilers need one that can be written"
 
 
+def kustomized(folder: str) -> str:
+    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+
+
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None or shutil.which("kubernetes-validate") is None,
+    reason="kubectl or kubernetes-validate is not installed: pip install kubernetes-validate, on the PATH",
+)
+@pytest.mark.parametrize("version", ["1.29", "1.37"])
+def test_kubernetes_schemas_know_every_field_of_the_manifests(tmp_path: Path, version: str) -> None:
+    for folder in ("cpu", "gpu"):
+        file = tmp_path / f"{folder}.yaml"
+        file.write_text(kustomized(folder))
+        command = ["kubernetes-validate", "--strict", "--kubernetes-version", version, str(file)]
+        checked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 def test_kustomize_builds_both_and_the_gpu_asks_for_one() -> None:
-    built = {
-        folder: list(
-            yaml.safe_load_all(
-                subprocess.run(
-                    ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / folder)],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                    timeout=PATIENCE,
-                ).stdout
-            )
-        )
-        for folder in ("cpu", "gpu")
-    }
+    built = {folder: list(yaml.safe_load_all(kustomized(folder))) for folder in ("cpu", "gpu")}
     for folder, objects in built.items():
         assert {found["kind"] for found in objects} == {"Deployment", "Service", "PersistentVolumeClaim"}
         (deployment,) = [found for found in objects if found["kind"] == "Deployment"]

@@ -72,6 +72,11 @@ def test_a_wrong_flag_is_refused_as_on_any_machine(image: Path) -> None:
     assert refused.returncode == 2 and "no plan 'no-such-plan'" in refused.stderr
 
 
+def test_no_pin_stands_against_the_triton_that_torch_brings() -> None:
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert "torch" in pinned and not any("triton" in name or "nvidia" in name for name in pinned)
+
+
 def test_it_runs_as_nobody_special_and_keeps_models_in_a_volume() -> None:
     assert instructions("USER") == ["farspan"]
     uid = re.search(r"useradd .*--uid (\d+)", TEXT)

@@ -4,6 +4,7 @@ milliseconds."""
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from configs.plan import PlanFile
 from configs.schema import SchedulerConfig
 from engine import attention
 from engine.engine import Engine
+from engine.graph_recording import Recorder, recorded
+from engine.graphs import DecodeStep
 from engine.kernels import Kernels, kernels_for
 from engine.messages import Sampling, Submit, TokenOutput
 from engine.models import info_of
 from engine.plans import ResolvedPlan, resolve_plans
+from engine.rope import Rope
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.startup import page_dtype_for
@@ -28,6 +32,7 @@ from kvcache.state import StateRegistry
 from sparse.gate_files import Gate, write_gates
 
 VOCAB = 256
+GRAPH_BATCH = 6
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -194,9 +199,13 @@ def tiny_engine(
     cache_dtype: str = "auto",
     host_pages: int = 0,
     host_columns: int = 0,
+    recorder: Recorder | None = None,
     **scheduling: Any,
 ) -> TinyEngine:
-    """An engine in this process, around a tiny model, with room for a few sequences."""
+    """An engine in this process, around a tiny model, on its device, with room for a few sequences.
+
+    recorder: decode steps of up to GRAPH_BATCH sequences are recorded by it.
+    """
     attention.register()
     network = network or tiny_model()
     network.set_attn_implementation(attention.IMPLEMENTATION)
@@ -204,8 +213,8 @@ def tiny_engine(
     states = StateRegistry()
     resolved = resolve_plans(list(plans) or [plan()], model, states, cache_dtype=cache_dtype)
     config = SchedulerConfig(**scheduling)
-    device = torch.device("cpu")
-    page_dtype = page_dtype_for(cache_dtype, "cpu")
+    device = network.device
+    page_dtype = page_dtype_for(cache_dtype, device.type)
     kernels = kernels or kernels_for(device, page_dtype)
     cache = KVCache(
         model,
@@ -216,7 +225,12 @@ def tiny_engine(
         moves=kernels.moves,
         page_dtype=page_dtype,
     )
-    runner = ModelRunner(network, cache, kernels, device)
+    graphs = None
+    if recorder is not None:
+        make = partial(DecodeStep, network, cache, kernels, Rope.of(network))
+        methods = [one.decode for one in resolved.values()]
+        graphs = recorded(make, methods, cache, recorder, largest=GRAPH_BATCH, memory=1 << 30)
+    runner = ModelRunner(network, cache, kernels, device, graphs)
     scheduler = Scheduler(config, cache)
     engine = Engine(resolved, scheduler, runner, cache, (), share_prefixes=share_prefixes, grammars=grammars)
     return TinyEngine(engine, cache, resolved, network)

@@ -10,6 +10,15 @@ from tests.tiny import TinyEngine, greedy, make_prompt, plan, tiny_engine, tiny_
 
 ROWS = 2 * 2
 SPARSE = {"method": "minference", "dense_below": 0, "chunk": 128, "vertical": 40, "slash": 10}
+HIP = {
+    "method": "hip",
+    "widths": [32, 16],
+    "keep": [64, 48],
+    "refresh": [6, 3],
+    "sink": 16,
+    "window": 20,
+    "dense_layers": 0,
+}
 SNAP = {"policy": "snapkv", "budget": 70, "query_window": 16}
 PLANS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -19,11 +28,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "s2": {"kv": {"policy": "s2", "local_blocks": 4}},
     "grid-snapkv": {"prefill": SPARSE, "kv": SNAP},
     "quest": {"decode": {"method": "quest", "read": 128, "dense_layers": 0, "reuse": 4}},
+    "hip": {"decode": HIP},
 }
 LENGTHS = (60, 125, 190, 62)
 ANSWER = 85  # tokens: rows of the first prompt want more pages than they begin with
 # More than any one of these sequences needs, less than those that are let in together come to need.
-PAGES = {"dense": 24, "quest": 24, "moa": 22, "s2": 25}
+PAGES = {"dense": 24, "quest": 24, "hip": 24, "moa": 22, "s2": 25}
 FEW = 21  # of the other plans
 GARBAGE = 1e4  # what is in pages that nobody has
 
@@ -69,7 +79,7 @@ def tight(network: torch.nn.Module, name: str = "dense", **options: Any) -> Tiny
 def spoil(tiny: TinyEngine) -> None:
     free = tiny.cache.pool.references == 0
     for tensor in tiny.cache.pool.carried:
-        tensor[free] = GARBAGE if tensor.is_floating_point() else 77
+        tensor[: len(free)][free] = GARBAGE if tensor.is_floating_point() else 77
 
 
 def run_until_somebody_is_out(tiny: TinyEngine) -> dict[str, list[int]]:

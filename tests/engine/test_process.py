@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from configs.schema import ServeConfig
 from engine.client import EngineClient
 from engine.errors import EngineDead
 from engine.messages import FinishReason, Sampling, Submit
+from tests.engine.readers import until
 from tests.tiny import greedy, make_prompt, save_tiny
 
 SECONDS = 120.0
@@ -82,11 +83,6 @@ async def tokens_of(
     async for output in client.generate(Submit(name, prompt, length, plan, sampling)):
         found += output.tokens
     return found
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
 
 
 def test_requests_are_answered_together_and_every_page_comes_back(shared: Shared) -> None:

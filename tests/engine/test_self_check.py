@@ -16,8 +16,11 @@ from engine.self_check import checked
 from kvcache.decode import attend_rows
 from kvcache.pool import PagePool
 from kvcache.quest import best_units
+from sparse.antidiagonals import antidiagonal_mass
 from sparse.attention import Attended, attend
 from sparse.estimator import Estimate, estimate
+from sparse.lines import LineLists, line_lists
+from sparse.page_scores import log_energy, mean_pages
 
 CPU = torch.device("cpu")
 MODEL = ModelInfo("tiny", 3, 6, 2, 16, vocab_size=100, max_length=4096)
@@ -47,6 +50,23 @@ def the_next_ones(*arguments: Any) -> Tensor:
     return best_units(*arguments) + 1
 
 
+def own_page_alone(*arguments: Any) -> LineLists:
+    lists = line_lists(*arguments)
+    return replace(lists, pages=replace(lists.pages, counts=lists.pages.counts.clamp_max(1)))
+
+
+def means_of_keys(*arguments: Any, values: bool = False) -> Tensor:
+    return mean_pages(*arguments)
+
+
+def of_half_the_rows(*arguments: Any, **options: Any) -> Tensor:
+    return log_energy(*arguments, **options) - 0.7
+
+
+def of_diagonals(q: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    return antidiagonal_mass(q.flip(1), *arguments, **options)
+
+
 def does_not_compile(*arguments: Any) -> None:
     raise RuntimeError("ptxas died\nwith a long story")
 
@@ -58,6 +78,10 @@ WRONG: dict[str, Callable[..., Any]] = {
     "store": keys_only,
     "move_kept": does_not_compile,
     "best_units": the_next_ones,
+    "line_lists": own_page_alone,
+    "mean_pages": means_of_keys,
+    "log_energy": of_half_the_rows,
+    "antidiagonal_mass": of_diagonals,
 }
 
 

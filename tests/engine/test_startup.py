@@ -50,6 +50,7 @@ def config(folder: Path, **flags: Any) -> ServeConfig:
         ({"plans": []}, "at least one plan"),
         ({"plans": ["denze"]}, "did you mean 'dense'"),
         ({"engine.dtype": "float16", "engine.device": "cpu"}, "engine.dtype: float16"),
+        ({"engine.cuda_graphs": "on", "engine.device": "cpu"}, "engine.cuda_graphs: on needs a CUDA device"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_weights_load(

@@ -3,6 +3,8 @@
 Under TRITON_INTERPRET=1 the kernels run on CPU tensors, and this needs no GPU.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from engine.self_check import checked
 from tests.tiny import greedy, make_prompt, plan, tiny_engine, tiny_model
 
 # the interpreter of Triton 3.6, over loop bounds that a kernel has loaded
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 PARTS = {
     "prefill": {"method": "minference", "chunk": 64, "last_q": 20, "vertical": 40, "slash": 100},
@@ -22,7 +25,7 @@ PARTS = {
 
 @pytest.mark.parametrize("parts", [{}, PARTS], ids=["dense", "sparse and compressed"])
 def test_triton_and_torch_give_the_same_tokens(parts: dict[str, dict[str, object]]) -> None:
-    network = tiny_model(num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
+    network = tiny_model(num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1).to(DEVICE)
     prompt = make_prompt(80)
     answers = [
         tiny_engine(plan("mine", **parts), network=network, kernels=kernels).answer(prompt, greedy(3))
@@ -36,5 +39,5 @@ def test_all_of_them_pass_their_self_check(caplog: pytest.LogCaptureFixture) -> 
     kernels = triton_kernels()
     assert kernels.attend is not Kernels().attend
     for page_dtype in (None, INT8):
-        assert checked(kernels, model, torch.float32, torch.device("cpu"), page_dtype) == kernels
+        assert checked(kernels, model, torch.float32, DEVICE, page_dtype) == kernels
     assert not caplog.records
