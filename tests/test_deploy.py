@@ -187,6 +187,16 @@ def test_a_pod_has_time_to_drain_and_no_privileges() -> None:
     assert "/tmp" in mounts, "the engine's socket and compilers need one that can be written"
 
 
+@pytest.mark.skipif(
+    shutil.which("check-jsonschema") is None,
+    reason="check-jsonschema is not installed: pip install check-jsonschema, on the PATH",
+)
+def test_composes_own_schema_knows_every_field() -> None:
+    command = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def kustomized(folder: str) -> str:
     command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / folder)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
