@@ -14,6 +14,8 @@ using namespace farspan;
 
 constexpr int TOKENS = 4;  // with
 constexpr int ROWS = 2;    // weight rows: 4 x 2 sums, 2 vectors of weights and one of x fit the registers of AVX2
+// Bytes ahead that weights are asked for: processors stop looking ahead where a page of memory ends.
+constexpr int AHEAD = 4096;
 
 }  // namespace
 
@@ -40,7 +42,10 @@ inline void products(const LinearCall& call, int64_t token, const Weight* const*
     for (int r = 0; r < ROWS; ++r) sums[t][r] = Floats{};
   for (int64_t i = 0; i < call.num_inputs; i += LANES) {
     Floats weights[ROWS];
-    for (int r = 0; r < ROWS; ++r) weights[r] = load(rows[r] + i);
+    for (int r = 0; r < ROWS; ++r) {
+      weights[r] = load(rows[r] + i);
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + i) + AHEAD);
+    }
     for (int t = 0; t < TOKEN_COUNT; ++t) {
       const Floats inputs = held(load(x + t * call.num_inputs + i));
       for (int r = 0; r < ROWS; ++r) sums[t][r] += inputs * weights[r];
