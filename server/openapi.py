@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from server.bounds import MAX_BIASES, MAX_STOP_CHARACTERS
+from server.bounds import MAX_BIASES, MAX_PROMPTS, MAX_STOP_CHARACTERS
 from server.chat_request import ChatCompletionRequest
 from server.checking import Body
 from server.responses_request import ResponsesRequest
@@ -67,8 +67,13 @@ _AS_SENT: dict[tuple[str, str], list[Schema]] = {
     ("ResponsesRequest", "tool_choice"): [{"enum": ["none", "auto", "required"]}],
 }
 _IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
-_ONE: Schema = {"type": "array", "minItems": 1, "maxItems": 1}
-_PROMPT: Schema = {"anyOf": [_TEXT, _IDS, _ONE | {"items": _TEXT}, _ONE | {"items": _IDS}]}
+_PROMPTS: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_PROMPTS,
+    "items": {"anyOf": [_TEXT, _IDS]},
+}
+_PROMPT: Schema = {"anyOf": [_TEXT, _IDS, _PROMPTS]}
 
 
 def openapi(model: str, plans: Sequence[str], *, locked: bool, has_admins: bool = False) -> Schema:
@@ -76,9 +81,10 @@ def openapi(model: str, plans: Sequence[str], *, locked: bool, has_admins: bool 
     schemas = _schemas()
     if not locked:
         for sent, _, _ in POSTS.values():
-            fields = schemas[sent.__name__]["properties"]
-            names = {"model": [model], "plan": [*plans, None]}
-            fields |= {field: {"enum": known} for field, known in names.items() if field in fields}
+            fields, required = (schemas[sent.__name__].get(part, {}) for part in ("properties", "required"))
+            for field, known in {"model": [model], "plan": plans}.items():
+                if field in fields:
+                    fields[field] = {"enum": [*known] if field in required else [*known, None]}
     paths: Schema = {}
     for path, (sent, words, streams) in POSTS.items():
         body = {"required": True, "content": _json({"$ref": f"#/components/schemas/{sent.__name__}"})}
@@ -105,7 +111,7 @@ def openapi(model: str, plans: Sequence[str], *, locked: bool, has_admins: bool 
 def _operation(path: str, words: str, *, streams: bool = False) -> Schema:
     content = {"text/plain": {"schema": _TEXT}} if path == "/metrics" else _json({"type": "object"})
     if streams:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {}  # a schema would be of each event's data, which has many forms
     replies: Schema = {"200": {"description": "As asked.", "content": content}}
     refusal = _json({"$ref": "#/components/schemas/Error"})
     replies |= {status: {"description": why, "content": refusal} for status, why in _REFUSALS.items()}
