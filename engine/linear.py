@@ -1,7 +1,7 @@
 """Linear layers over a few tokens on CPU: launches linear.cpp, which reads weights once, on all threads.
 
 A decode step multiplies every weight with one row per sequence; BLAS libraries are made for many rows
-(benchmarks/linear.py compares). It takes as long as reading the weights does: in bf16 they are half as long.
+(benchmarks/linear.py compares). Reading the weights is most of it: in bf16 they are half as long.
 """
 
 import ctypes
@@ -28,11 +28,14 @@ class _LinearCall(ctypes.Structure):
 
 
 class FewTokensLinear(nn.Linear):
-    """torch's linear layer, with its weights and its answers; few tokens go through linear.cpp."""
+    """torch's linear layer, with its weights and its answers; few tokens go through linear.cpp.
+
+    Weights may be bf16: few tokens widen them as they are read, many first of all.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if input.numel() > MOST_TOKENS * self.in_features or input.numel() == 0:
-            return nn.functional.linear(input, self.weight, self.bias)
+            return nn.functional.linear(input, self.weight.float(), self.bias)  # float32 stays as it is
         return linear(input, self.weight, self.bias)
 
 
@@ -54,26 +57,11 @@ def speed_up_decode(model: nn.Module) -> None:
             module.__class__ = FewTokensLinear
 
 
-class _Bf16Linear(FewTokensLinear):
-    """The same over bf16 weights: few tokens widen them as they are read, many first of all."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.numel() > MOST_TOKENS * self.in_features or input.numel() == 0:
-            return nn.functional.linear(input, self.weight.float(), self.bias)
-        return linear(input, self.weight, self.bias)
-
-
 class _Bf16Embedding(nn.Embedding):
     """Rows of bf16 weights, as float32."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).float()
-
-
-_IN_BF16: dict[type[nn.Module], type[nn.Module]] = {
-    FewTokensLinear: _Bf16Linear,
-    nn.Embedding: _Bf16Embedding,
-}
 
 
 def keep_in_bf16(model: nn.Module) -> None:
@@ -86,10 +74,13 @@ def keep_in_bf16(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(module)
     for parameter, modules in owners.items():
-        if parameter.dim() == 2 and all(type(module) in _IN_BF16 for module in modules):
+        if parameter.dim() == 2 and all(
+            type(module) in (FewTokensLinear, nn.Embedding) for module in modules
+        ):
             parameter.data = parameter.data.bfloat16()
             for module in modules:
-                module.__class__ = _IN_BF16[type(module)]
+                if isinstance(module, nn.Embedding):
+                    module.__class__ = _Bf16Embedding
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
