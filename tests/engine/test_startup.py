@@ -9,10 +9,12 @@ import torch
 
 from configs.errors import ConfigError
 from configs.loading import load_config
+from configs.native import compiler
 from configs.schema import ServeConfig
 from engine import startup
 from engine.attention_timing import AttentionTimer, Times
 from engine.kernels import Kernels
+from engine.linear import FewTokensLinear
 from engine.models import end_tokens, prepare_model
 from engine.startup import host_sizes, load, resolve
 from tests.tiny import save_tiny
@@ -102,6 +104,25 @@ def test_quantised_pages_hold_more_in_the_same_memory(folder: Path) -> None:
     assert resolution.bytes_per_token == 6 * 2 * (16 + 4)
     _, card = load(resolution)
     assert (card.num_pages, card.page_bytes, card.cache_dtype) == (1638, 2560, "int8")
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_weights_are_kept_in_the_dtype_that_was_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    load_model = startup.load_model
+    monkeypatch.setattr(
+        startup,
+        "load_model",
+        lambda *args, **options: loaded.append(load_model(*args, **options)) or loaded[-1],
+    )
+    for asked, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        load(resolve(config(folder, **{"engine.dtype": "float32", "engine.weights_dtype": asked})))
+        linears = [module for module in loaded[-1].modules() if isinstance(module, FewTokensLinear)]
+        assert {module.weight.dtype for module in linears} == {dtype}
+    with pytest.raises(ConfigError, match="engine.weights_dtype: .* use engine.dtype"):
+        resolve(config(folder, **{"engine.dtype": "bfloat16", "engine.weights_dtype": "bfloat16"}))
 
 
 def test_a_context_that_was_asked_for_and_does_not_fit_is_refused_with_what_would(folder: Path) -> None:
