@@ -29,7 +29,8 @@ from benchmarks.tasks import Task, plain, repeated
 from configs.loading import SHIPPED_PLANS, load_plan
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.schema import EngineConfig
-from engine.gate_features import FeatureReader, page_attention
+from engine.gate_features import FeatureReader
+from engine.gate_prefill import page_attention
 from engine.models import model_info
 from sparse.base import Chunk, KeyView, StateRegistry
 from sparse.gate_files import Gate, read_gates

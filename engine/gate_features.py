@@ -1,14 +1,14 @@
-"""What a gate learns from: pooled queries and keys of a text, and the attention that each page then got.
+"""What a gate learns from: queries and pooled keys of a text, and the attention that each page then got.
 
-Both depend on the model alone, so a text runs through it once, read densely, with a recorder in the place of
-a prefill method: what it records is what SeerAttention sees when it serves.
+All depend on the model alone, so a text runs through it once, read densely, with a recorder in the place of
+a prefill method: what it records is what a gate sees when it serves.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -24,28 +24,23 @@ from engine.kernels import kernels_for
 from engine.messages import Sampling, Submit
 from engine.models import load_model
 from engine.plans import resolve_plan
-from engine.rope import Rope
+from engine.rope import Rope, Rotation
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.self_check import checked
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
-from sparse.base import Chunk, KeyView, PrefillMethod
-from sparse.base import StateRegistry as States
-from sparse.page_scores import key_pages
-from sparse.pattern_masks import page_means
-from sparse.seerattention import pooled_keys
-from sparse.selection import Selection, dense
+from sparse.base import PrefillMethod
 
 
 @dataclass(frozen=True)
 class Features:
-    """Text of P whole pages. [...] is one axis: the layers of a piece, or the pieces of a layer."""
+    """Text of P whole pages, seen by H gates at R rows. [...]: layers of a piece, or pieces of a layer."""
 
-    q: Tensor  # [..., Hq, P, D] mean query of each page before RoPE
+    q: Tensor  # [..., H, R, E] what a gate sees of the queries of a row, before RoPE
     k: Tensor  # [..., Hkv, P, 3 D] largest, smallest and mean key of each page before RoPE
-    top: Tensor  # [..., Hq, P, P] largest probability between a page of queries and a page of keys
-    mass: Tensor  # [..., Hq, P, P] probability that falls on a page of keys, mean over a page of queries
+    top: Tensor  # [..., H, R, P] largest probability between a row and the keys of a page
+    mass: Tensor  # [..., H, R, P] probability that a row puts on a page of keys, in the mean
 
     def write(self, path: Path) -> None:
         """One file of float16, there whole or not at all."""
@@ -64,59 +59,36 @@ class Features:
         return cls(**{name: torch.stack(tensors).to(device).float() for name, tensors in found.items()})
 
 
-class _Recorder:
-    """A prefill method that reads everything, and keeps what a gate would see and what it should say."""
+class Recorder(PrefillMethod, Protocol):
+    """Reads everything, and keeps what a gate would see and what it should say."""
 
-    grid = False
-    last_rows = 0
-
-    def __init__(self, model: ModelInfo, length: int, device: torch.device) -> None:
-        heads, size, pages = model.num_query_heads, model.head_dim, length // PAGE_SIZE
-        shapes = {
-            "q": (heads, pages, size),
-            "k": (model.num_kv_heads, pages, 3 * size),
-            "top": (heads, pages, pages),
-            "mass": (heads, pages, pages),
-        }
-        self.found = Features(
-            **{name: torch.zeros(model.num_layers, *shape, device=device) for name, shape in shapes.items()}
-        )
-
-    def attach(self, model: ModelInfo, files: Path, states: States) -> None:
-        """Nothing to read and no state."""
-
-    def select(self, layer: int, q: Tensor, keys: KeyView, chunk: Chunk, *, scale: float) -> Selection:
-        num_tokens = chunk.start + chunk.length
-        assert chunk.start % PAGE_SIZE == num_tokens % PAGE_SIZE == 0, chunk
-        blocks = slice(chunk.start // PAGE_SIZE, num_tokens // PAGE_SIZE)
-        self.found.q[layer, :, blocks] = page_means(chunk.pre_rope()[0], 0).float()
-        by_page = key_pages(keys, num_tokens)
-        self.found.k[layer, :, : blocks.stop] = pooled_keys(by_page, num_tokens, chunk.rotation)
-        k = by_page.flatten(1, 2)
-        for block in range(blocks.start, blocks.stop):
-            first = block * PAGE_SIZE - chunk.start
-            top, mass = page_attention(
-                q[:, first : first + PAGE_SIZE], k[:, : (block + 1) * PAGE_SIZE], scale
-            )
-            self.found.top[layer, :, block, : block + 1] = top
-            self.found.mass[layer, :, block, : block + 1] = mass
-        return dense(q.device)
+    found: Features  # of one piece, in every layer
 
 
-def page_attention(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What the 64 rows of the last page pay to each page: the largest probability, and the mean of the sums.
+class Weights(NamedTuple):
+    """A gate of one layer while it learns. y = x @ W, head by head."""
 
-    q [Hq, 64, D], k [Hkv, 64 P, D] after RoPE -> [Hq, P] float32 each.
-    """
-    num_kv_heads, num_tokens, head_dim = k.shape
-    rows = (q.float() * scale).reshape(num_kv_heads, -1, head_dim)  # [Hkv, G * 64, D]
-    scores = rows @ k.float().mT
-    own = scores.view(num_kv_heads, -1, PAGE_SIZE, num_tokens)[..., -PAGE_SIZE:]
-    own.masked_fill_(
-        torch.ones(PAGE_SIZE, PAGE_SIZE, dtype=torch.bool, device=q.device).triu(1), float("-inf")
-    )
-    weights = scores.softmax(-1).view(q.shape[0], PAGE_SIZE, -1, PAGE_SIZE)
-    return weights.amax((1, 3)), weights.sum(3).mean(1)
+    k: Tensor  # [H, 3 D, D] of pooled keys
+    q: Tensor  # [H, E, D] of queries
+
+
+class GateKind(Protocol):
+    """What tells the gates of one method from those of another. Rows are the last ones of features."""
+
+    def recorder(self, model: ModelInfo, length: int, device: torch.device) -> Recorder:
+        """For one piece of `length` tokens."""
+
+    def start(self, features: Features) -> Weights:
+        """A gate that multiplies mean queries and mean keys: the baseline that it has to beat."""
+
+    def scores(self, weights: Weights, features: Features, rotation: Rotation | None) -> Tensor:
+        """What the gate says: logits [S, H, R, P]."""
+
+    def pages(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Bool [R, P] each: pages that the gate speaks of, and those of them that are not read anyway."""
+
+    def write(self, path: Path, layers: Sequence[Weights]) -> None:
+        """The file that the method reads."""
 
 
 class FeatureReader:
@@ -146,10 +118,10 @@ class FeatureReader:
         self._plans = {"dense": self._plan}
         self._engine = Engine(self._plans, scheduler, ModelRunner(network, cache, kernels, on), cache, ())
 
-    def read(self, tokens: Sequence[int]) -> Features:
+    def read(self, tokens: Sequence[int], kind: GateKind) -> Features:
         """Features of one piece, in every layer."""
         assert len(tokens) == self._length, (len(tokens), self._length)
-        recorder = _Recorder(self._model, self._length, self.device)
+        recorder = kind.recorder(self._model, self._length, self.device)
         self.run(tokens, recorder)
         return recorder.found
 

@@ -24,15 +24,18 @@ from safetensors.torch import save_file
 from configs.errors import ConfigError
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.schema import EngineConfig
-from engine.gate_features import FeatureReader, Features
+from engine.gate_decode import DecodeGates
+from engine.gate_features import FeatureReader, Features, GateKind, Weights
+from engine.gate_prefill import PrefillGates
 from engine.gate_texts import TrainingText, piece, read_text
 from engine.gate_training import TARGETS, Recipe, Trained, train_layer
 from engine.models import model_info, prepare_model
 from engine.startup import device_for, dtype_for
-from sparse.gate_files import Gate, write_gates
 
 JUDGED = 8  # every eighth piece is not learnt from: it judges
 SHORTEST = 8 * PAGE_SIZE  # a piece needs pages to choose among
+
+KINDS: dict[str, GateKind] = {"seerattention": PrefillGates(), "seerattention_r": DecodeGates()}
 
 Report = Callable[[str, int, int], None]  # what is done, how many of them, of how many
 
@@ -47,6 +50,7 @@ class Task:
     pieces: int = 96
     length: int = 2048  # tokens of a piece
     recipe: Recipe = field(default_factory=Recipe)
+    method: str = "seerattention"  # that reads by the gates
 
     def __post_init__(self) -> None:
         if self.length % PAGE_SIZE or self.length < SHORTEST:
@@ -57,6 +61,8 @@ class Task:
             raise ConfigError(
                 f"--pieces: {self.pieces} are too few; {JUDGED} is the least: one of them judges"
             )
+        if self.method not in KINDS:
+            raise ConfigError(f"--method: {self.method!r} must be {' or '.join(KINDS)}")
         if self.recipe.target not in TARGETS:
             raise ConfigError(f"--target: {self.recipe.target!r} must be {' or '.join(TARGETS)}")
         if self.recipe.steps < 1 or not 0 < self.recipe.rate < 1:
@@ -76,6 +82,7 @@ def train_gates(task: Task, report: Report) -> dict[str, Any]:
     texts = [read_text(path, tokenizer, task.length) for path in task.texts]
     device = device_for(task.engine.device)
     source = {
+        "method": task.method,
         "model": model.name,
         "weights": _digest_of_weights(folder),
         "texts": [{"name": text.name, "sha256": text.sha256} for text in texts],
@@ -88,9 +95,7 @@ def train_gates(task: Task, report: Report) -> dict[str, Any]:
     )
     paths = _read_pieces(task, reader, texts, tokenizer, report)
     trained = _train_layers(task, reader, paths, source, report)
-    write_gates(
-        task.out / "gates.safetensors", [Gate(done.gate.k.half(), _half(done.gate)) for done in trained]
-    )
+    KINDS[task.method].write(task.out / "gates.safetensors", [done.gate for done in trained])
     said = source | {
         "pieces": task.pieces,
         **asdict(task.recipe),
@@ -125,7 +130,7 @@ def _digest_of_weights(folder: Path) -> str:
 
 
 def _claim(out: Path, source: dict[str, Any]) -> None:
-    """Make the folder, or see that what it holds came from the same model, text, length and seed."""
+    """Make the folder, or see that what it holds came from the same method, model, text, length and seed."""
     try:
         (out / "features").mkdir(parents=True, exist_ok=True)
         (out / "layers").mkdir(exist_ok=True)
@@ -165,7 +170,8 @@ def _read_pieces(
     for number, path in enumerate(paths):
         report("reading", number, task.pieces)
         if not path.exists():
-            reader.read(piece(texts, encode, number, task.length, task.recipe.seed)).write(path)
+            tokens = piece(texts, encode, number, task.length, task.recipe.seed)
+            reader.read(tokens, KINDS[task.method]).write(path)
     report("reading", task.pieces, task.pieces)
     return paths
 
@@ -184,7 +190,7 @@ def _train_layers(
         if trained is None:
             seen = Features.read(others, layer, reader.device)
             unseen = Features.read(judges, layer, reader.device)
-            trained = train_layer(seen, unseen, rotation, task.recipe, layer)
+            trained = train_layer(KINDS[task.method], seen, unseen, rotation, task.recipe, layer)
             if not math.isfinite(trained.after):
                 raise ConfigError(
                     f"--learning-rate: layer {layer} did not converge at {task.recipe.rate}; try a lower one"
@@ -203,20 +209,15 @@ def _layer_from(path: Path, made_from: str) -> Trained | None:
         words = file.metadata() or {}
         if words.get("made_from") != made_from:
             return None
-        gate = Gate(file.get_tensor("k"), file.get_tensor("q"))
+        gate = Weights(file.get_tensor("k"), file.get_tensor("q"))
         return Trained(gate, float(words["before"]), float(words["after"]))
 
 
 def _keep_layer(path: Path, trained: Trained, made_from: str) -> None:
-    assert trained.gate.q is not None
     words = {"made_from": made_from, "before": repr(trained.before), "after": repr(trained.after)}
     part = path.with_suffix(".part")
     save_file({"k": trained.gate.k.cpu(), "q": trained.gate.q.cpu()}, part, metadata=words)
     part.replace(path)
-
-
-def _half(gate: Gate) -> torch.Tensor | None:
-    return None if gate.q is None else gate.q.half()
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -230,7 +231,8 @@ def _command(task: Task) -> str:
     texts = " ".join(f"--text {path.name}" for path in task.texts)
     recipe = task.recipe
     return (
-        f"farspan train-gates {Path(task.engine.model).name} {texts} --out DIR --pieces {task.pieces}"
+        f"farspan train-gates {Path(task.engine.model).name} --method {task.method} {texts} --out DIR"
+        f" --pieces {task.pieces}"
         f" --length {task.length} --steps {recipe.steps} --learning-rate {recipe.rate}"
         f" --target {recipe.target} --seed {recipe.seed}"
     )

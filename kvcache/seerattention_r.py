@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,6 +17,7 @@ from kvcache.state import NewKeys, StateRegistry, Upkeep
 LARGEST, LEAST, SUM, KEY = range(
     4
 )  # page state [4, D]: of a page's keys before RoPE, and the gate's key of it
+PREFIX = "model.layers.{layer}.self_attn.attn_gate."
 LINEAR_Q, LINEAR_K, NORM_Q, NORM_K = NAMES = tuple(
     f"attngate_{name}" for name in ("linear_q", "linear_k", "qnorm", "knorm")
 )
@@ -105,7 +107,7 @@ class SeerAttentionR:
         gate = self._gate(layer, queries.q.device)
         q = queries.pre_rope().float()  # [B, Hq, D]
         q = q.reshape(q.shape[0], gate.q.shape[0], -1).transpose(0, 1)  # [Hkv, B, G * D]
-        return _rotated(_normed(q @ gate.q, gate.norm_q), queries.positions, queries.rotation)
+        return gate_queries(gate, q, queries.positions, queries.rotation)
 
     def write(self, state: Tensor, new: NewKeys) -> None:
         """Pooled keys and gate keys follow new keys. state [num_pages, 4, D]."""
@@ -126,13 +128,23 @@ class SeerAttentionR:
         gate = self._gate(new.layer, pooled.device)
         mean = pooled[:, :, SUM] / counts.unsqueeze(-1)
         features = torch.cat((pooled[:, :, LARGEST], pooled[:, :, LEAST], mean), dim=-1)
-        return _rotated(_normed(features @ gate.k, gate.norm_k), starts, new.rotation)
+        return gate_keys(gate, features, starts, new.rotation)
 
     def _gate(self, layer: int, device: torch.device) -> DecodeGate:
         """The gate of a layer, moved to the device when it is first used."""
         if self.layers[layer].k.device != device:
             self.layers[layer] = self.layers[layer].to(device)
         return self.layers[layer]
+
+
+def gate_queries(gate: DecodeGate, q: Tensor, positions: Tensor, rotation: Rotation | None) -> Tensor:
+    """[..., Hkv, n, D] of n tokens' queries before RoPE, those of a KV head side by side [..., G * D]."""
+    return _rotated(_normed(q @ gate.q, gate.norm_q), positions, rotation)
+
+
+def gate_keys(gate: DecodeGate, pooled: Tensor, starts: Tensor, rotation: Rotation | None) -> Tensor:
+    """[..., Hkv, n, D] of n pages that begin at `starts`: largest, least and mean key, side by side."""
+    return _rotated(_normed(pooled @ gate.k, gate.norm_k), starts, rotation)
 
 
 def _pool(k: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,3 +195,16 @@ def read_decode_gates(path: Path, model: ModelInfo) -> list[DecodeGate]:
             )
         )
     return gates
+
+
+def write_decode_gates(path: Path, gates: list[DecodeGate]) -> None:
+    """A .safetensors file that read_decode_gates reads."""
+    weights = {}
+    for layer, gate in enumerate(gates):
+        size = gate.k.shape[2]
+        found = dict(
+            zip(NAMES, (gate.q.unflatten(1, (-1, size)), gate.k, gate.norm_q, gate.norm_k), strict=True)
+        )
+        prefix = PREFIX.format(layer=layer)
+        weights |= {f"{prefix}{name}.weight": x for name, x in found.items() if x is not None}
+    save_file(weights, path)

@@ -17,6 +17,9 @@ def train_gates(
     out: Annotated[
         Path, typer.Option(help="Folder for the gates, and for what a later start takes up again.")
     ],
+    method: Annotated[
+        str, typer.Option(help="What reads by them: seerattention, or at decode seerattention_r.")
+    ] = "seerattention",
     pieces: Annotated[int, typer.Option(help="Pieces of text to learn from. More may follow later.")] = 96,
     length: Annotated[
         str, typer.Option(help="Tokens of a piece, whole pages of 64: 2048, or 8K on a GPU.")
@@ -34,7 +37,7 @@ def train_gates(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
 ) -> None:
-    """Train the gates that the prefill method seerattention reads by.
+    """Train the gates that seerattention reads a prompt by, or seerattention_r while it generates.
 
     The model reads pieces of the text, and tasks made of them (copying, lists, needles), once; its attention
     is what gates learn to predict. Ctrl-C at any time: the same command goes on from there.
@@ -60,7 +63,7 @@ def train_gates(
     try:
         settings = load_config(None, flags).engine
         recipe = Recipe(steps, learning_rate, target, seed)
-        task = Task(settings, tuple(text), out, pieces, parse_count(length), recipe)
+        task = Task(settings, tuple(text), out, pieces, parse_count(length), recipe, method)
         with _Bars() as bars:
             found = train(task, bars.show)
     except ConfigError as error:

@@ -13,17 +13,22 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.schema import EngineConfig
-from engine.gate_features import FeatureReader, Features, page_attention
+from engine.gate_decode import DecodeGates, judged_rows, row_attention
+from engine.gate_features import FeatureReader, Features, GateKind, Weights
+from engine.gate_prefill import PrefillGates, page_attention
 from engine.gate_texts import KINDS, TrainingText, piece, read_text
-from engine.gate_training import Recipe, divergence, loss, mean_gate, train_layer
+from engine.gate_training import Recipe, divergence, loss, train_layer
 from engine.models import model_info
 from engine.train_gates import Task, train_gates
+from kvcache.decode import RowSelection
+from kvcache.seerattention_r import SeerAttentionR, read_decode_gates
 from sparse.gate_files import Gate, read_gates, write_gates
 from sparse.seerattention import gate_scores
-from tests.tiny import plan, save_tiny, tiny_engine, tiny_model
+from tests.tiny import greedy, plan, save_tiny, tiny_engine, tiny_model
 
 PAGE, LENGTH = 64, 512
 PAGES = LENGTH // PAGE
+PREFILL, DECODE = PrefillGates(), DecodeGates()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,20 @@ def test_targets_are_the_softmax_of_every_row_by_page() -> None:
         torch.testing.assert_close(mass[head].double(), weights.sum(2).mean(0), rtol=1e-5, atol=1e-7)
 
 
+def test_targets_of_single_rows_are_the_softmax_of_a_kv_heads_queries_by_page() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k = torch.randn(6, 3, 16, generator=draw), torch.randn(2, 3, PAGE, 16, generator=draw)
+    positions = torch.tensor([64, 127, 190])
+    top, mass = row_attention(q, k, positions, 0.25)
+    for row, position in enumerate(positions.tolist()):
+        for head in range(2):
+            scores = 0.25 * q[3 * head : 3 * head + 3, row].double() @ k[head].flatten(0, 1).double().T
+            scores[:, position + 1 :] = float("-inf")
+            weights = scores.softmax(-1).view(3, 3, PAGE)
+            torch.testing.assert_close(top[head, row].double(), weights.amax((0, 2)), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(mass[head, row].double(), weights.sum(2).mean(0), rtol=1e-5, atol=1e-7)
+
+
 def random_gate(draw: torch.Generator) -> Gate:
     return Gate(torch.randn(2, 48, 16, generator=draw), torch.randn(6, 16, 16, generator=draw))
 
@@ -80,7 +99,7 @@ def test_a_gate_learns_from_what_it_will_see_when_it_serves(
 ) -> None:
     """Scores from recorded features are those that SeerAttention selects by."""
     reader, tokens = reader_of(model), tokens_of(0)
-    features = reader.read(tokens)
+    features = reader.read(tokens, PREFILL)
     draw = torch.Generator().manual_seed(1)
     gates = [random_gate(draw) for _ in range(3)]
     write_gates(tmp_path / "gates.safetensors", gates)
@@ -103,6 +122,42 @@ def test_a_gate_learns_from_what_it_will_see_when_it_serves(
     assert not features.mass.triu(1).any() and (features.top <= features.mass * PAGE + 1e-6).all()
 
 
+def test_a_decode_gate_learns_from_what_it_will_see_when_it_serves(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores from the features of a row are those that a token generated there is read by."""
+    reader, tokens = reader_of(model), tokens_of(0)
+    draw = torch.Generator().manual_seed(1)
+    gates = [
+        Weights(*(0.1 * torch.randn(2, 48, 16, generator=draw) for _ in ("k", "q")))  # no page gets nothing
+        for _ in range(3)
+    ]
+    DECODE.write(tmp_path / "gates.safetensors", gates)
+    served: list[Tensor] = []
+    select = SeerAttentionR._selection
+
+    def spied(method: SeerAttentionR, scores: Tensor, held: Tensor) -> RowSelection:
+        served.append(scores)
+        return select(method, scores, held)
+
+    monkeypatch.setattr(SeerAttentionR, "_selection", spied)
+    row = 150
+    position = int(judged_rows(LENGTH)[row])
+    everything = {"read": None, "threshold": 0.0, "gates": str(tmp_path / "gates.safetensors")}
+    engine = tiny_engine(
+        plan("gated", decode={"method": "seerattention_r", **everything}), network=tiny_model()
+    )
+    first = engine.answer(tokens[:position], greedy(2))[0]
+    tokens[position] = first  # which was read at this position
+    features = reader.read(tokens, DECODE)
+    own = position // PAGE
+    for layer, rotation in enumerate(reader.rotations):
+        pieces = Features(*(tensor[layer : layer + 1] for tensor in vars(features).values()))
+        found = DECODE.scores(gates[layer], pieces, rotation)[0, :, row, :own]
+        torch.testing.assert_close(found, served[layer][0, :, :own], rtol=1e-2, atol=1e-3)  # float16
+    assert torch.allclose(features.mass.sum(-1), torch.ones(3, 2, len(judged_rows(LENGTH))), atol=1e-5)
+
+
 def test_pieces_side_by_side_score_as_they_do_alone() -> None:
     draw = torch.Generator().manual_seed(0)
     q, k = torch.randn(3, 6, PAGES, 16, generator=draw), torch.randn(3, 2, PAGES, 48, generator=draw)
@@ -112,42 +167,55 @@ def test_pieces_side_by_side_score_as_they_do_alone() -> None:
         torch.testing.assert_close(together[number], gate_scores(gate, q[number], k[number], pages, None))
 
 
-def features_of_a_rule(count: int, seed: int) -> Features:
+def features_of_a_rule(count: int, seed: int, kind: GateKind = PREFILL) -> Features:
     """Attention that a gate can express, and means cannot: of the largest key, not of the mean."""
     draw = torch.Generator().manual_seed(seed)
+    if kind is DECODE:
+        k = torch.randn(count, 2, 16, 48, generator=draw)
+        q = torch.randn(count, 2, len(judged_rows(16 * PAGE)), 32, generator=draw)
+        attention = (q.unflatten(3, (2, 16)).sum(3) @ k[..., :16].mT / 4).softmax(-1)
+        return Features(q, k, attention, attention)
     q, k = torch.randn(count, 4, 16, 16, generator=draw), torch.randn(count, 2, 16, 48, generator=draw)
     largest, future = k[..., :16].repeat_interleave(2, 1), torch.ones(16, 16).triu(1).bool()
     attention = (q @ largest.mT / 4).masked_fill(future, float("-inf")).softmax(-1)
     return Features(q, k, attention, attention)
 
 
-@pytest.mark.parametrize("target", ["max", "sum"])
-def test_a_gate_learns_a_rule_and_knows_it_on_other_text(target: str) -> None:
+@pytest.mark.parametrize(("kind", "target"), [(PREFILL, "max"), (PREFILL, "sum"), (DECODE, "sum")])
+def test_a_gate_learns_a_rule_and_knows_it_on_other_text(kind: GateKind, target: str) -> None:
     recipe = Recipe(steps=300, rate=1e-2, target=target)
-    trained = train_layer(features_of_a_rule(64, 0), features_of_a_rule(4, 1), None, recipe, 0)
+    seen, unseen = (features_of_a_rule(count, seed, kind) for count, seed in ((64, 0), (4, 1)))
+    trained = train_layer(kind, seen, unseen, None, recipe, 0)
     assert trained.after < 0.1 < 0.5 < trained.before
 
 
 def test_a_gate_starts_as_mean_query_times_mean_key() -> None:
     features = features_of_a_rule(1, 0)
-    scores = gate_scores(mean_gate(features), features.q[0], features.k[0], torch.arange(16), None)
+    scores = gate_scores(Gate(*PREFILL.start(features)), features.q[0], features.k[0], torch.arange(16), None)
     means = features.k[0, :, :, 32:].repeat_interleave(2, 0)
     torch.testing.assert_close(scores, features.q[0] @ means.mT / 4)
 
 
+def test_a_decode_gate_starts_as_the_mean_query_of_a_kv_head_times_mean_key() -> None:
+    features = features_of_a_rule(1, 0, DECODE)
+    scores = DECODE.scores(DECODE.start(features), features, None)
+    mean_q = features.q.unflatten(3, (2, 16)).mean(3)
+    torch.testing.assert_close(scores, mean_q @ features.k[..., 32:].mT / 4)
+
+
 def test_saying_what_is_wanted_diverges_by_nothing() -> None:
     features = features_of_a_rule(2, 0)
-    scores = gate_scores(mean_gate(features), features.q, features.k, torch.arange(16), None)
+    scores = gate_scores(Gate(*PREFILL.start(features)), features.q, features.k, torch.arange(16), None)
     said = scores.masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf")).softmax(-1)
-    gate, right = mean_gate(features), replace(features, top=said)
-    assert divergence(gate, right, None, "max") == pytest.approx(0, abs=1e-6)
-    assert divergence(gate, features, None, "max") > 0.1
+    gate, right = PREFILL.start(features), replace(features, top=said)
+    assert divergence(PREFILL, gate, right, None, "max") == pytest.approx(0, abs=1e-6)
+    assert divergence(PREFILL, gate, features, None, "max") > 0.1
 
 
 def test_what_is_read_anyway_costs_only_its_divergence() -> None:
     features = features_of_a_rule(2, 0)
-    gate = mean_gate(features)
-    said = gate_scores(gate, features.q, features.k, torch.arange(16), None)
+    gate = PREFILL.start(features)
+    said = gate_scores(Gate(*gate), features.q, features.k, torch.arange(16), None)
     right = said.masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf")).softmax(-1)
     forced, free = right.clone(), right.clone()
     block = torch.arange(4, 16)
@@ -156,7 +224,9 @@ def test_what_is_read_anyway_costs_only_its_divergence() -> None:
     costs = []
     for wanted in (right, forced, free):
         given = replace(features, top=wanted)
-        costs.append(float(loss(gate, given, None, "max")) - divergence(gate, given, None, "max"))
+        costs.append(
+            float(loss(PREFILL, gate, given, None, "max")) - divergence(PREFILL, gate, given, None, "max")
+        )
     assert costs[:2] == pytest.approx([0, 0], abs=1e-5) and costs[2] > 0.01
 
 
@@ -188,6 +258,13 @@ def test_a_start_that_was_killed_ends_with_the_same_gates(tmp_path: Path, model:
 
     other = train_gates(make_task(model, text, tmp_path / "cut", steps=5), quiet)
     assert other["kl"] != whole["kl"], "another recipe trains again, on the same features"
+
+
+def test_the_gates_of_a_decode_method_are_what_it_reads(tmp_path: Path, model: Path, text: Path) -> None:
+    said = train_gates(make_task(model, text, tmp_path, steps=5, method="seerattention_r"), quiet)
+    info = model_info(model, EngineConfig(model=str(model)))
+    assert len(read_decode_gates(tmp_path / "gates.safetensors", info)) == info.num_layers
+    assert said["kl"] < said["kl_as_mean_pool"] and "--method seerattention_r" in said["command"]
 
 
 def test_a_piece_is_the_same_however_many_there_are() -> None:
@@ -230,6 +307,7 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path, model
         (lambda: train_gates(replace(task, length=8192), quiet), ["--length: 8192", "8192 tokens"]),
         (lambda: replace(task, length=500), ["--length: 500", "64"]),
         (lambda: replace(task, pieces=3), ["--pieces: 3", "8"]),
+        (lambda: replace(task, method="quest"), ["--method: 'quest'", "seerattention or seerattention_r"]),
         (lambda: replace(task, recipe=Recipe(target="mean")), ["--target: 'mean'", "max or sum"]),
         (lambda: replace(task, recipe=Recipe(steps=0)), ["--steps (0)"]),
     ]
@@ -249,6 +327,7 @@ def test_features_of_another_text_or_model_are_refused(tmp_path: Path, model: Pa
         (make_task(model, other_text, tmp_path / "out"), "other texts"),
         (make_task(other_model, text, tmp_path / "out"), "other model"),
         (make_task(model, text, tmp_path / "out", recipe={"seed": 1}), "other seed"),
+        (make_task(model, text, tmp_path / "out", method="seerattention_r"), "other method"),
     ):
         with pytest.raises(ConfigError, match=word):
             train_gates(wrong, quiet)

@@ -42,6 +42,7 @@ def test_a_plan_can_name_what_the_command_leaves(tmp_path: Path, model: Path) ->
         (("--length", "long"), "--length: 'long' is not a number"),
         (("--length", "100"), "--length: 100 must be whole pages of 64"),
         (("--pieces", "2"), "--pieces: 2 are too few"),
+        (("--method", "hip"), "--method: 'hip' must be seerattention or seerattention_r"),
         (("--target", "most"), "--target: 'most' must be max or sum"),
         (("--device", "tpu"), "device"),
         ((), "text.txt cannot be read"),
