@@ -199,12 +199,12 @@ def read_decode_gates(path: Path, model: ModelInfo) -> list[DecodeGate]:
 
 def write_decode_gates(path: Path, gates: list[DecodeGate]) -> None:
     """A .safetensors file that read_decode_gates reads."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for layer, gate in enumerate(gates):
-        size = gate.k.shape[2]
-        found = dict(
-            zip(NAMES, (gate.q.unflatten(1, (-1, size)), gate.k, gate.norm_q, gate.norm_k), strict=True)
-        )
+        heads, size = gate.k.shape[0], gate.k.shape[2]
+        tensors = (gate.q.view(heads, -1, size, size), gate.k, gate.norm_q, gate.norm_k)
         prefix = PREFIX.format(layer=layer)
-        weights |= {f"{prefix}{name}.weight": x for name, x in found.items() if x is not None}
+        for name, tensor in zip(NAMES, tensors, strict=True):
+            if tensor is not None:
+                weights[f"{prefix}{name}.weight"] = tensor
     save_file(weights, path)
