@@ -37,7 +37,7 @@ from benchmarks.common import (
 from benchmarks.kvpress_scorer import KvpressScorer
 from benchmarks.prompts import SHIPPED_TEXT, Text, load_text, load_tokenizer, model_folder
 from benchmarks.scoring import Scored, Scorer
-from benchmarks.tasks import Chat, Task, needles, plain, repeated
+from benchmarks.tasks import CITIES, Chat, Task, needles, plain, repeated
 from benchmarks.variants import load_variant
 from configs.plan import PlanFile
 from configs.schema import EngineConfig
@@ -231,7 +231,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device(parser)
     parser.add_argument("--name", default="quality", help="of the JSON file: one run, one file")
-    return parsed(parser, arguments)
+    asked = parsed(parser, arguments)
+    if not 0 < asked.needles_per_text <= len(CITIES):
+        parser.error(f"--needles-per-text: {asked.needles_per_text} must be 1 to {len(CITIES)}")
+    return asked
 
 
 def score_by_name(

@@ -15,6 +15,9 @@ CITIES = (
     *("Havana", "Geneva", "Prague", "Delhi", "Milan", "Denver", "Seattle", "Quebec", "Naples", "Venice"),
 )
 Chat = Callable[[str], tuple[list[int], list[int]]]  # a question -> tokens before and after the document
+APART = (
+    4096  # tokens from a passage to its repeat, at most: SmolLM2 copies nothing over 7,000, not even dense
+)
 CUE = 16  # first tokens of a repeated passage: nobody can know yet that it comes again
 
 
@@ -54,7 +57,9 @@ def repeated(piece: Sequence[int], replayed: int, passage: int) -> Task:
     """A passage, prose, and the passage again, whose last `replayed` tokens are no part of the prompt."""
     assert passage - replayed > CUE, f"a passage of {passage} tokens is too short to replay {replayed}"
     # `piece` has as many tokens as the task: what the repeat displaces is cut from the end of the prose.
-    tokens = (*piece[: len(piece) - passage], *piece[:passage])
+    again = len(piece) - passage
+    start = max(0, again - APART)
+    tokens = (*piece[:again], *piece[start : start + passage])
     first = len(tokens) - passage + CUE - 1
     return Task(tokens, len(tokens) - replayed, tuple(range(first, len(tokens) - 1)))
 

@@ -75,6 +75,11 @@ def test_a_repeated_passage_is_judged_on_its_second_coming_only(text: Text) -> N
     assert task.in_prompt.count(False) == 40
 
 
+def test_a_passage_comes_again_where_the_model_still_copies() -> None:
+    task = repeated(tuple(range(6000)), replayed=40, passage=500)
+    assert task.tokens[:5500] == tuple(range(5500)) and task.tokens[-500:] == task.tokens[1404:1904]
+
+
 def test_prose_is_judged_in_the_prompt_and_behind_it(text: Text) -> None:
     task = plain(text.tokens[:300], replayed=44, rows=32)
     assert task.in_prompt.count(True) == 32 and task.in_prompt.count(False) == 44
