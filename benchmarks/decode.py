@@ -1,4 +1,4 @@
-"""Decode on CPU, side by side: HuggingFace, batches, a compressed cache, a part of what is held.
+"""Decode on CPU, side by side: HuggingFace, batches, layers, a compressed cache, a part of what is held.
 
     python -m benchmarks.decode --rounds 5
     python -m benchmarks.decode --comparisons batch quest --model my-model
@@ -9,11 +9,13 @@ Only decode steps are timed: prompts are computed before, and then the prefix ca
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -39,6 +41,7 @@ class Case:
     plan: str | None  # None = HuggingFace
     batch: int = 1
     flags: tuple[tuple[str, str], ...] = ()  # settings of its engine, in place of the others'
+    apart: bool = False  # layers run part by part, as HuggingFace's modules have them
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,15 @@ def comparisons(scale: int, dtype: str = "float32") -> list[Comparison]:
         Case("dense, bf16 weights", "dense", flags=(half,)),
         Case("dense, bf16 weights, int8 pages", "dense", flags=(half, byte)),
     ]
+    smallest = small[-1].flags if dtype == "float32" else (byte,)
     small = small if dtype == "float32" else []  # else weights are that small without
+    apart = Case("layers part by part", "dense", flags=smallest, apart=True)
+    whole = Case("layers in two calls", "dense", flags=smallest)
     kept, read = f"snapkv:kv.budget={2048 // scale}", f"quest:decode.read={max(128, 1024 // scale)}"
     return [
         Comparison("huggingface", 4096 // scale, (Case(HUGGINGFACE, None), Case("dense", "dense"), *small)),
         Comparison("batch", 2048 // scale, (Case("1 at once", "dense"), Case("8 at once", "dense", 8))),
+        Comparison("layers", 4096 // scale, (apart, whole)),
         Comparison("quest", 7936 // scale, (Case("full", "dense"), Case(read, read))),
         Comparison("kept", 16128 // scale, (Case("all kept", "dense"), Case(kept, kept)), "yarn:2"),
     ]
@@ -72,7 +79,13 @@ class Ours:
     """Our engine, without server."""
 
     def __init__(
-        self, asked: argparse.Namespace, plans: Sequence[str], most: int, **changes: str | None
+        self,
+        asked: argparse.Namespace,
+        plans: Sequence[str],
+        most: int,
+        *,
+        apart: bool = False,
+        **changes: str | None,
     ) -> None:
         flags = {"engine.model": asked.model, "engine.dtype": asked.dtype, "engine.threads": asked.threads}
         flags |= {"engine.device": "cpu", "scheduler.max_num_seqs": most, **changes}
@@ -80,7 +93,9 @@ class Ours:
             files = [save_variant(plan, Path(folder)) for plan in plans]
             resolved = resolve(load_config(None, {**flags, "plans": files}))
         self._engine: Engine
-        self._engine, _ = load(resolved)
+        fused: AbstractContextManager[Any] = patch("engine.startup.fuse_decode") if apart else nullcontext()
+        with fused:
+            self._engine, _ = load(resolved)
 
     def decode(self, plan: str, prompts: Sequence[tuple[int, ...]], steps: int) -> Elapsed:
         """So many decode steps of all prompts together, once each has its first token."""
@@ -152,17 +167,21 @@ def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison
     """All candidates of a comparison, interleaved."""
     prompts = [text.ring(number * STRIDE, one.length) for number in range(max(c.batch for c in one.cases))]
     engines = {}
-    for flags in dict.fromkeys(case.flags for case in one.cases if case.plan is not None):
-        plans = dict.fromkeys(case.plan for case in one.cases if case.plan and case.flags == flags)
+    for kind in dict.fromkeys((case.flags, case.apart) for case in one.cases if case.plan is not None):
+        flags, apart = kind
+        plans = dict.fromkeys(
+            case.plan for case in one.cases if case.plan and (case.flags, case.apart) == kind
+        )
         changes = {"engine.rope_scaling": one.rope_scaling, **dict(flags)}
-        engines[flags] = Ours(asked, list(plans), len(prompts), **changes)
+        engines[kind] = Ours(asked, list(plans), len(prompts), apart=apart, **changes)
     runs: dict[str, Callable[[int], object]] = {}
     for case in one.cases:
         if case.plan is None:
             peer = HuggingFace(folder, asked.dtype, prompts[0])
             runs[case.name] = lambda _, peer=peer: peer.decode(asked.steps)  # type: ignore[misc]
         else:
-            run = partial(engines[case.flags].decode, case.plan, prompts[: case.batch], asked.steps)
+            ours = engines[case.flags, case.apart]
+            run = partial(ours.decode, case.plan, prompts[: case.batch], asked.steps)
             runs[case.name] = lambda _, run=run: run()  # type: ignore[misc]
     timings = interleaved_medians(runs, asked.rounds)
     return [row(one, case, timings, asked.steps) for case in one.cases]

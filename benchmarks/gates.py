@@ -35,9 +35,9 @@ from engine.models import model_info
 from sparse.base import Chunk, KeyView, StateRegistry
 from sparse.gate_files import Gate, read_gates
 from sparse.page_rules import forced_pages, read_pages, visible_pages
-from sparse.page_scores import block_pages, key_pages, mean_pages
+from sparse.page_scores import block_pages, key_pages, mean_pages, pooled_keys
 from sparse.pattern_masks import page_means
-from sparse.seerattention import gate_scores, pooled_keys
+from sparse.seerattention import gate_scores
 from sparse.selection import Selection, dense
 
 SHIPPED_GATES = SHIPPED_PLANS / "seerattention-smollm2.safetensors"

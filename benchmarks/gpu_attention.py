@@ -262,7 +262,7 @@ def measure_index(bench: Bench, rounds: int) -> list[Index]:
 
     def look(index: int) -> object:
         x = bench.prompts[index % INPUT_SETS]
-        return kernels.estimate(x.q[:, -num_rows:], shape.length - num_rows, x.keys, scale=bench.scale)
+        return kernels.index.estimate(x.q[:, -num_rows:], shape.length - num_rows, x.keys, scale=bench.scale)
 
     def select(index: int) -> Selection:
         x = bench.prompts[index % INPUT_SETS]

@@ -33,9 +33,9 @@ from configs.model import ModelInfo
 from configs.plan import PlanFile
 from configs.schema import EngineConfig
 from engine.attention_timing import layers_to_time
-from engine.kernels import Attend
 from engine.models import model_info
 from engine.plans import ResolvedPlan, resolve_plan
+from sparse.attention import Attend
 from sparse.base import Chunk, KeyView, PrefillMethod, StateRegistry
 from sparse.delta import with_delta
 from sparse.recall import causal_cells, read_cells_by_head, recall

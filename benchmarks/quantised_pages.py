@@ -54,7 +54,7 @@ class Case:
         place = torch.arange(tokens)
         self.destinations = self.pages[:, 0, :, place // PAGE_SIZE].long() * PAGE_SIZE + place % PAGE_SIZE
         for layer in range(layers):
-            self.kernels.store(
+            self.kernels.moves.store(
                 self.pool, k[layer].to(computed), v[layer].to(computed), self.destinations[layer]
             )
         generator = torch.Generator().manual_seed(2)
@@ -64,7 +64,7 @@ class Case:
         """The newest token of every layer is stored again, and all is read: the outputs of the last."""
         pool, tokens = self.pool, int(self.held[0, 0])
         for pages, destinations in zip(self.pages, self.destinations, strict=True):
-            self.kernels.store(pool, self.k, self.v, destinations[:, -1:])
+            self.kernels.moves.store(pool, self.k, self.v, destinations[:, -1:])
             out = self.kernels.attend_rows(
                 *(self.q, pool.k, pool.v, pages, self.held),
                 scale=self.q.shape[2] ** -0.5,

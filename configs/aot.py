@@ -67,7 +67,9 @@ def compile_build(build: Build) -> Row:
         if name in build.types:
             signature[name] = build.types[name]
             # what the launcher's tensors have in common, and Triton looks for when it specialises
-            if name.startswith(("stride_q", "stride_out")) or signature[name].startswith("*"):
+            is_pointer = signature[name].startswith("*")
+            is_aligned = is_pointer and not build.kernel.params[place].do_not_specialize_on_alignment
+            if name.startswith(("stride_q", "stride_out")) or is_aligned:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "constexpr"

@@ -10,11 +10,13 @@ REQUESTS = "farspan.requests"  # the logger of ended requests; what is logged is
 
 
 def configure_logs(kind: LogFormat, process: str, *, requests: bool = False) -> None:
-    """Warnings and errors from now on; ended requests, too, where they are asked for."""
+    """Warnings and errors from now on, and what an engine decides at its start; ended requests, too, where
+    they are asked for."""
     handler = logging.StreamHandler()
     text = logging.Formatter(f"%(asctime)s {process} %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(_JsonLines(process) if kind == "json" else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("engine").setLevel(logging.INFO)
     logging.getLogger(REQUESTS).setLevel(logging.INFO if requests else logging.WARNING)
 
 

@@ -63,7 +63,9 @@ class EngineConfig(_Section):
     rope_scaling: Annotated[str, AfterValidator(check_rope_scaling)] | None = Field(
         None, description="a longer context than the model was made for: linear:F or yarn:F, F times as long"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of the engine; default: all cores it may use"
+    )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
         "auto", description="record decode steps at start; auto: where there is a GPU that can; on: or refuse"
     )

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kvcache.moves
 from configs.features import Features
 from engine.kernels import Kernels
 from engine.plans import ResolvedPlan
 from engine.rope import Rope
-from kvcache.decode import DecodeMethod, Queries, Rows, RowSelection
+from kvcache.decode import DecodeMethod, Full, Queries, Rows, RowSelection
 from kvcache.holdings import Holdings
+from kvcache.kernels import cpu, cpu_store
+from kvcache.kernels.cpu_step import WholeStep, serves
 from kvcache.reach import Reach
 from kvcache.state import NewKeys
 from sparse.base import Chunk, KeyView, PrefillMethod
@@ -55,6 +58,7 @@ class DecodeRun:
     rows: Rows
     selections: dict[int, RowSelection] = field(default_factory=dict)  # by layer, where not all is read
     windows: dict[int, int] = field(default_factory=dict)  # by layer, where there is one
+    whole: WholeStep | None = None  # where storing and attending need no step between them
 
     def read_counts(self) -> Tensor:
         """By sequence: tokens read and readable, over layers and KV heads. int64 [2, B]."""
@@ -71,6 +75,17 @@ class DecodeRun:
             lengths = RowSelection(ids, counts, next(iter(chosen)).unit).lengths(whole.flatten(0, 1))
             read = readable + (lengths.view_as(whole) - whole).sum((0, 2))
         return torch.stack((read, readable))
+
+
+def whole_step(
+    kernels: Kernels, cache: Holdings, method: DecodeMethod, destinations: Tensor, rows: Rows
+) -> WholeStep | None:
+    """Where all that is held is read, nothing follows new keys, and both kernels are those of the CPU."""
+    is_plain = isinstance(method, Full) and not cache.states.is_kept_up and cache.dtype == torch.float32
+    store = kvcache.moves.store if cache.pool.k_scales is None else cpu_store.store
+    if not is_plain or kernels.attend_rows is not cpu.attend_rows or cache.moves.store is not store:
+        return None
+    return WholeStep(cache.pool, rows, destinations) if serves(cache.pool) else None
 
 
 @dataclass(slots=True, eq=False)
@@ -114,21 +129,31 @@ class ForwardBatch:
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [Hq, T, D], k and v [Hkv, T, D] of the new tokens, after RoPE -> out [T, Hq, D]."""
+        if len(self.decodes) == 1 and not self.runs:
+            return self._attend_decodes(self.decodes[0], layer, q, k, v)
         num_heads, num_tokens, head_dim = q.shape
         out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
         for step in self.decodes:
-            self._attend_decodes(
-                step, layer, q[:, step.span], k[:, step.span], v[:, step.span], out[step.span]
-            )
+            new = (x[:, step.span] for x in (q, k, v))
+            out[step.span] = self._attend_decodes(step, layer, *new)
         for run in self.runs:
             self._attend_chunk(run, layer, q[:, run.span], k[:, run.span], v[:, run.span], out[run.span])
         return out
 
-    def _attend_decodes(
-        self, step: DecodeRun, layer: Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor
-    ) -> None:
-        """One token of each of B sequences: q [Hq, B, D], k and v [Hkv, B, D] -> out [B, Hq, D]."""
+    def attend_by_token(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same of q [T, Hq, D], k and v [T, Hkv, D], as few tokens come on a CPU."""
+        if len(self.decodes) == 1 and not self.runs and self.decodes[0].whole is not None:
+            return self.decodes[0].whole.attend(
+                layer.index, q, k, v, scale=layer.scale, features=layer.features
+            )
+        return self.attend(layer, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
+
+    def _attend_decodes(self, step: DecodeRun, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token of each of B sequences: q [Hq, B, D], k and v [Hkv, B, D] -> [B, Hq, D]."""
         cache, rows, index = self.cache, step.rows, layer.index
+        if step.whole is not None:
+            new = (x.transpose(0, 1) for x in (q, k, v))
+            return step.whole.attend(index, *new, scale=layer.scale, features=layer.features)
         destinations, positions = step.destinations[index], self.positions[step.span]
         rotation, keys = self.rope.rotations[index], k.transpose(0, 1)
         cache.write(keys, v.transpose(0, 1), destinations)
@@ -144,20 +169,18 @@ class ForwardBatch:
             step.selections[index] = read
         pages, held = rows.pages[index], rows.held[index]
         pool = cache.pool
-        out.copy_(
-            self.kernels.attend_rows(
-                queries,
-                pool.k,
-                pool.v,
-                pages,
-                held,
-                scale=layer.scale,
-                max_held=rows.max_held,
-                features=layer.features,
-                selection=read,
-                k_scales=pool.k_scales,
-                v_scales=pool.v_scales,
-            )
+        return self.kernels.attend_rows(
+            queries,
+            pool.k,
+            pool.v,
+            pages,
+            held,
+            scale=layer.scale,
+            max_held=rows.max_held,
+            features=layer.features,
+            selection=read,
+            k_scales=pool.k_scales,
+            v_scales=pool.v_scales,
         )
 
     def _attend_chunk(

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def facts_of(
         "dtype": str(dtype).removeprefix("torch."),
         "pages": str(k_pool.dtype).removeprefix("torch."),
         "versions": {name: _version(name) for name in ("torch", "triton", "farspan")},
-        "kernels": [f"{kernel.__module__}.{kernel.__qualname__}" for kernel in _kernels(kernels)],
+        "kernels": _prefill_kernels(kernels),
         "layers": model.num_layers,
         "heads": [model.num_query_heads, model.num_kv_heads, model.head_dim],
         "windows": list(model.windows),
@@ -225,5 +225,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _kernels(kernels: Kernels) -> tuple[Any, ...]:
-    return kernels.attend, kernels.estimate, kernels.store
+def _prefill_kernels(kernels: Kernels) -> list[str]:
+    """The names of those that a chunk is computed with."""
+    index = (getattr(kernels.index, field.name) for field in fields(kernels.index))
+    found = (kernels.attend, *index, kernels.moves.store)
+    # what serves only some chunks, and passes others on, is an object: its class has the name
+    named = (kernel if hasattr(kernel, "__qualname__") else type(kernel) for kernel in found)
+    return [f"{each.__module__}.{each.__qualname__}" for each in named]

@@ -252,8 +252,8 @@ class EngineClient:
         log.warning("%s; it is started again, with %d open requests", words, len(self._open))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._leaving.wait(), BACKOFF_SECONDS * (2 ** (count - 1) - 1))
-            return words
-        return None
+        # `stop` may have come as the pause ended: it waits for this life, which must not begin anew.
+        return words if self._leaving.is_set() else None
 
     async def _hear(self, child: Child) -> None:
         """Everything that a process says, until it refuses to go on. One that cannot be understood ends."""

@@ -1,5 +1,6 @@
 """Constraint: which tokens the grammar of one request lets follow, worked out beside the forward."""
 
+import logging
 from concurrent.futures import Executor, Future, TimeoutError
 
 import llguidance
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from configs.grammars import BadGrammar, Grammars, refuse_errors
+
+log = logging.getLogger(__name__)
 
 # What one request may hold up a step for. Masks take well under a millisecond, and llguidance counts its own
 # work so that the worst take half a second: this is for a machine with no time left for its threads.
@@ -43,11 +46,17 @@ class Constraint:
         self._next = self._workers.submit(self._advance, token)
 
     def allowed(self) -> Tensor:
-        """bool [V]: the tokens that may follow. Raises BadGrammar if they cannot be worked out in time."""
+        """bool [V]: the tokens that may follow. Raises BadGrammar if they cannot be worked out, or not in
+        time."""
         try:
-            return self._next.result(MASK_SECONDS)
+            failure = self._next.exception(MASK_SECONDS)
         except TimeoutError as error:
             raise BadGrammar(f"the next token could not be worked out in {MASK_SECONDS} seconds") from error
+        if failure is None or isinstance(failure, BadGrammar):
+            return self._next.result()
+        # A mistake in the compiler, a panic even, costs this answer and none of the others in the step.
+        log.error("a grammar failed", exc_info=failure)
+        raise BadGrammar("the next token could not be worked out") from failure
 
     def _start(self, grammars: Grammars, grammar: str, answer: list[int]) -> Tensor:
         self._matcher = grammars.matcher(grammar)

@@ -23,6 +23,11 @@ class Constraints:
         return bool(self._waiting)
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for their grammars."""
+        return len(self._waiting)
+
+    @property
     def end_tokens(self) -> tuple[int, ...]:
         """One of these follows an answer that is complete by its grammar."""
         return () if self._grammars is None else self._grammars.end_tokens

@@ -10,12 +10,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from configs.model import PAGE_SIZE, ModelInfo
-from engine.kernels import Attend, Kernels
-from engine.self_check import TOLERANCES, checked
-from kvcache.cache import CacheSize, KVCache
-from kvcache.pool import pages_for
-from kvcache.state import StateRegistry
+from configs.model import ModelInfo
+from engine.kernels import Kernels
+from engine.self_check import TOLERANCES, checked, in_a_line, one_sequence
+from kvcache.cache import KVCache
+from sparse.attention import Attend
 from sparse.base import Chunk
 from sparse.kernels.cudnn_dense import CudnnDense, cudnn_attention
 from sparse.kernels.flash_dense import FlashDense
@@ -79,31 +78,19 @@ class _Trial:
     """The last chunk of a random prompt in one layer of a model."""
 
     cache: KVCache
-    slot: int
     q: Tensor  # [Hq, CHUNK, D]
 
     def run(self, attend: Attend) -> Tensor:
-        keys = self.cache.view(self.slot, 0, LENGTH)  # a new one each time: views remember what they gathered
-        chunk = Chunk(LENGTH - CHUNK, CHUNK, LENGTH, LENGTH + 1, slot=self.slot)
+        keys = self.cache.view(0, 0, LENGTH)  # a new one each time: views remember what they gathered
+        chunk = Chunk(LENGTH - CHUNK, CHUNK, LENGTH, LENGTH + 1, slot=0)
         return attend(self.q, keys, chunk, dense(self.q.device), scale=self.q.shape[2] ** -0.5).out
 
 
 def _draw(model: ModelInfo, dtype: torch.dtype, device: torch.device) -> _Trial:
-    pages = model.num_kv_heads * pages_for(LENGTH)
-    cache = KVCache(
-        replace(model, num_layers=1),
-        CacheSize(pages, 1, LENGTH + PAGE_SIZE),
-        dtype=dtype,
-        device=device,
-        states=StateRegistry(),
-    )
-    slot = cache.admit(pages)
-    cache.reserve(slot, LENGTH)
-    cache.sync()
-    size = model.head_dim
+    cache, size = one_sequence(model, LENGTH, dtype, device), model.head_dim
     k, v = torch.randn(2, model.num_kv_heads, LENGTH, size, device=device, dtype=dtype)
-    cache.write(k, v, cache.prefill_destinations(slot, 0, LENGTH)[0])
-    return _Trial(cache, slot, torch.randn(model.num_query_heads, CHUNK, size, device=device, dtype=dtype))
+    cache.write(k, v, cache.prefill_destinations(0, 0, LENGTH)[0])
+    return _Trial(cache, torch.randn(model.num_query_heads, CHUNK, size, device=device, dtype=dtype))
 
 
 def _complaint(theirs: Attend, ours: Attend, trial: _Trial) -> str | None:
@@ -112,7 +99,7 @@ def _complaint(theirs: Attend, ours: Attend, trial: _Trial) -> str | None:
     try:
         got = trial.run(theirs)
     except Exception as error:  # whatever a library raises where it cannot: ours serves
-        return " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:1]])
+        return in_a_line(error)
     error_norm = float((got.float() - want.float()).norm() / want.float().norm())
     if not error_norm <= TOLERANCES[want.dtype]:  # NaN never passes
         return f"it differs from ours by {error_norm:.1e} of the norm"

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -125,7 +126,7 @@ class Engine:
         usage = self._cache.usage()
         return Stats(
             running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            waiting=len(self._scheduler.waiting) + self._constraints.num_waiting,
             pages_free=usage.free,
             pages_cached=usage.cached,
             pages_borrowed=usage.borrowed,
@@ -148,13 +149,16 @@ class Engine:
 
     def _run(self, batch: Batch) -> list[TokenOutput]:
         began = time.perf_counter()
+        outputs: list[TokenOutput] = []
         try:
             result = self._runner.run(batch)
             self._update_cache(batch, result)
-            outputs = self._commit(batch, result) + self._progress(batch)
-        except Exception:  # whatever went wrong, the sequences of this step are lost and all others are not
+            for output in self._commit(result):
+                outputs.append(output)  # at once: who has ended is told so, whatever happens to the next
+            outputs += self._progress(batch)
+        except Exception:  # whatever went wrong, the requests of this step are lost and all others are not
             log.exception("a step failed with %d sequences", len(batch.sequences))
-            return self._fail(batch)
+            return outputs + self._fail(batch)
         self._steps += 1
         self._step_tokens = batch.num_tokens
         self._step_context = max((chunk.end for chunk in batch.chunks), default=0)
@@ -244,9 +248,8 @@ class Engine:
         if not sequence.in_prefill:
             self._cache.pack(slot)
 
-    def _commit(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
+    def _commit(self, result: StepResult) -> Iterator[TokenOutput]:
         """New tokens join their sequences; those that are done leave."""
-        outputs = []
         for sequence, token in result.tokens.items():
             if sequence in result.broken:
                 self._scheduler.remove(sequence)
@@ -266,19 +269,16 @@ class Engine:
             cost, sequence.prompt_cost = sequence.prompt_cost, None
             of_prompt, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
             logprobs = (result.logprobs[sequence],) if sequence in result.logprobs else ()
-            outputs.append(
-                TokenOutput(
-                    sequence.request_id,
-                    (token,),
-                    reason,
-                    cost,
-                    logprobs=logprobs,
-                    prompt_logprobs=of_prompt,
-                    choice=sequence.choice,
-                    decode_read_fraction=sequence.decode_read_fraction,
-                )
+            yield TokenOutput(
+                sequence.request_id,
+                (token,),
+                reason,
+                cost,
+                logprobs=logprobs,
+                prompt_logprobs=of_prompt,
+                choice=sequence.choice,
+                decode_read_fraction=sequence.decode_read_fraction,
             )
-        return outputs
 
     @staticmethod
     def _progress(batch: Batch) -> list[TokenOutput]:
@@ -316,10 +316,10 @@ class Engine:
         return HeadCosts(tuple(map(tuple, read.tolist())), tuple(map(tuple, kept.tolist())))
 
     def _fail(self, batch: Batch) -> list[TokenOutput]:
-        """End every sequence of a step that raised. Its rows may be half written, so nothing of them is
-        kept."""
-        for sequence in batch.sequences:
-            if sequence.finish_reason is None:
+        """End what is left of every request in a step that raised, choices included that it was about to
+        fork. Rows may be half written, so nothing of them is kept."""
+        for request_id in dict.fromkeys(sequence.request_id for sequence in batch.sequences):
+            for sequence in self._scheduler.find(request_id):
                 self._scheduler.remove(sequence)
                 self._end(sequence, FinishReason.ERROR, "the engine failed while computing this request")
         outputs, self._ended = self._ended, []

@@ -11,8 +11,7 @@ from engine.gate_features import Features, Recorder, Weights
 from engine.rope import Rotation
 from kvcache.seerattention_r import DecodeGate, gate_keys, gate_queries, write_decode_gates
 from sparse.base import Chunk, KeyView, StateRegistry
-from sparse.page_scores import key_pages
-from sparse.seerattention import pooled_keys
+from sparse.page_scores import key_pages, pooled_keys
 from sparse.selection import Selection, dense
 
 ROWS = 192  # of a piece: neighbours look alike

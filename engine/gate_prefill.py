@@ -11,9 +11,9 @@ from engine.gate_features import Features, Recorder, Weights
 from engine.rope import Rotation
 from sparse.base import Chunk, KeyView, StateRegistry
 from sparse.gate_files import Gate, write_gates
-from sparse.page_scores import key_pages
+from sparse.page_scores import key_pages, pooled_keys
 from sparse.pattern_masks import page_means
-from sparse.seerattention import gate_scores, pooled_keys
+from sparse.seerattention import gate_scores
 from sparse.selection import Selection, dense
 
 

@@ -9,6 +9,7 @@ import torch
 from configs.model import PAGE_SIZE
 from engine.graph_check import without_wrong
 from engine.graphs import DecodeGraphs, DecodeStep, Graph
+from engine.self_check import in_a_line
 from kvcache.cache import KVCache
 from kvcache.decode import DecodeMethod, Full
 
@@ -68,8 +69,8 @@ def recorded(
         except torch.OutOfMemoryError:
             left_out += 1
         except Exception as error:  # whatever a device, a compiler or a method raises: plain calls serve
-            reason = " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:1]])
-            log.warning("CUDA graphs: %s cannot be recorded, nor what follows: %s", step.name, reason)
+            words = "CUDA graphs: %s cannot be recorded, nor what follows: %s"
+            log.warning(words, step.name, in_a_line(error))
             break
     right = without_wrong(graphs, cache)
     log.info(

@@ -1,10 +1,7 @@
 // What stands between the matrix products of a layer, on CPU in float32: each in one pass over memory.
 //
 // Every token is worked on alone, so a result never depends on batch mates or threads.
-#include <algorithm>
-#include <cmath>
-
-#include "native.h"
+#include "layers.h"
 
 namespace {
 
@@ -21,14 +18,8 @@ int team(int64_t elements, int64_t num_threads) { return elements < SHARED ? 1 :
 extern "C" void farspan_rms_norm(const float* x, const float* weight, float* out, int64_t num_rows, int64_t width,
                                  float eps, int64_t num_threads) {
 #pragma omp parallel for schedule(static) num_threads(team(num_rows* width, num_threads))
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const float* from = x + row * width;
-    float* to = out + row * width;
-    Floats squares{};
-    for (int64_t i = 0; i < width; i += LANES) squares += load(from + i) * load(from + i);
-    const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps);
-    for (int64_t i = 0; i < width; i += LANES) store(to + i, load(from + i) * scale * load(weight + i));
-  }
+  for (int64_t row = 0; row < num_rows; ++row)
+    norm_row(x + row * width, weight, out + row * width, width, eps);
 }
 
 // out [n] = gate * sigmoid(gate) * up. n: whole vectors.
@@ -53,7 +44,6 @@ extern "C" void farspan_rotate(const Rotated* parts, int64_t num_parts, const fl
                                int64_t num_tokens, int64_t head_dim, int64_t rotary, int64_t num_threads) {
   int64_t heads = 0;
   for (int64_t i = 0; i < num_parts; ++i) heads += parts[i].num_heads;
-  const int64_t half = rotary / 2;
 #pragma omp parallel for schedule(static) num_threads(team(heads* num_tokens* head_dim, num_threads))
   for (int64_t token = 0; token < num_tokens; ++token)
     for (int64_t part = 0; part < num_parts; ++part)
@@ -61,12 +51,7 @@ extern "C" void farspan_rotate(const Rotated* parts, int64_t num_parts, const fl
         const Rotated& p = parts[part];
         const float* from = p.x + head * p.head_stride + token * p.token_stride;
         float* to = p.out + (head * num_tokens + token) * head_dim;
-        const float *c = cos + token * rotary, *s = sin + token * rotary;
-        for (int64_t d = 0; d < half; d += LANES) {
-          const Floats first = load(from + d), second = load(from + half + d);
-          store(to + d, first * load(c + d) - second * load(s + d));
-          store(to + half + d, second * load(c + half + d) + first * load(s + half + d));
-        }
+        rotate_head(from, cos + token * rotary, sin + token * rotary, to, rotary);
         std::copy(from + rotary, from + head_dim, to + rotary);
       }
 }

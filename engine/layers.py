@@ -94,7 +94,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return outs
 
 
-class _Norm(nn.Module):
+class Norm(nn.Module):
     weight: Tensor
     variance_epsilon: float
 
@@ -102,7 +102,7 @@ class _Norm(nn.Module):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class _GatedMLP(nn.Module):
+class GatedMLP(nn.Module):
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
@@ -150,7 +150,7 @@ def _in_place_of(module: Any) -> Any:
     own = type(module)
     is_norm = hasattr(module, "variance_epsilon")
     width = module.weight.shape[0] if is_norm else module.gate_proj.in_features
-    ours: Any = type(own.__name__, (_Norm if is_norm else _GatedMLP, own), {})
+    ours: Any = type(own.__name__, (Norm if is_norm else GatedMLP, own), {})
     for num_tokens in (3, MOST_TOKENS + 1):
         example = torch.randn(num_tokens, width)
         expected = own.forward(module, example)

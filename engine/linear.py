@@ -18,12 +18,13 @@ WEIGHTS = (torch.float32, torch.bfloat16)
 
 
 class _LinearCall(ctypes.Structure):
-    """Mirrors LinearCall of linear.cpp, where the shapes are."""
+    """Mirrors LinearCall of linear.h, where the shapes are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "gate", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "gate", "bias", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_inputs", "num_outputs")),
         *((name, ctypes.c_int32) for name in ("num_threads", "bf16")),
+        ("share", ctypes.c_float),
     ]
 
 
@@ -101,6 +102,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight.data_ptr(),
         None,
         None if bias is None else bias.data_ptr(),
+        None,
         out.data_ptr(),
         *(x.numel() // num_inputs, num_inputs, num_outputs),
         torch.get_num_threads(),
@@ -123,6 +125,7 @@ def gated_linear(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], num_outputs)
     call = _LinearCall(
         *(tensor.data_ptr() for tensor in (x, weight, gate)),
+        None,
         None,
         out.data_ptr(),
         *(x.numel() // num_inputs, num_inputs, num_outputs),

@@ -7,7 +7,6 @@ starts take seconds and the serving process can read the tokenizer without torch
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
@@ -17,11 +16,11 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.model import ModelInfo
+from configs.native import cache_root
 from configs.rope import RopeScaling
 from configs.schema import DEFAULT_MODEL, EngineConfig
 from engine.block_sparse import block_sparse
 
-CACHE = Path(os.environ.get("FARSPAN_CACHE", Path.home() / ".cache" / "farspan"))
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 
@@ -116,7 +115,7 @@ def _from_gguf(path: Path) -> Path:
     model."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    target = CACHE / "models" / f"{path.stem}-{digest}"
+    target = cache_root() / "models" / f"{path.stem}-{digest}"
     if target.is_dir():
         return target
     print(f"converting {path.name} once ...", file=sys.stderr, flush=True)

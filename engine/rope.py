@@ -26,8 +26,12 @@ class Rotation:
 
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [H, T, D] after RoPE, positions [T] -> [H, T, D] before. Orthogonal up to scaling."""
-        angles = positions[:, None] * self.frequencies  # [T, R / 2]
-        return self._turn(x, angles.cos() / self.scaling, -angles.sin() / self.scaling)
+        return self._turn(x, *self.undoing(positions))
+
+    def undoing(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, R / 2] each, that `undo` turns by."""
+        angles = positions[:, None] * self.frequencies
+        return angles.cos() / self.scaling, -angles.sin() / self.scaling
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Every pair (a, b) of x [H, T, D] becomes (a cos - b sin, b cos + a sin); cos and sin [T, R / 2]."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.grammars import BadGrammar
-from engine.attention import ChunkRun, DecodeRun, ForwardBatch
+from engine.attention import ChunkRun, DecodeRun, ForwardBatch, whole_step
 from engine.graphs import DecodeGraphs, Graph, StepTokens
 from engine.kernels import Kernels
 from engine.messages import Logprobs
@@ -181,7 +181,9 @@ class ModelRunner:
         for group in groups:
             slots, span = slots_of(group), slice(first, first + len(group))
             destinations, rows = cache.decode_destinations(slots), cache.decode_rows(slots)
-            forward.decodes.append(DecodeRun(group[0].plan.decode, span, destinations, rows))
+            method = group[0].plan.decode
+            whole = whole_step(self._kernels, cache, method, destinations, rows)
+            forward.decodes.append(DecodeRun(method, span, destinations, rows, whole=whole))
             first = span.stop
         runs = []
         for part in batch.chunks:

@@ -20,6 +20,7 @@ from engine.messages import Logprobs, Sampling
 _GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+LEAST_TEMPERATURE = 1e-5  # below, logits over it pass float32: the likeliest token, as at 0
 _LEAST_LOGPROB = -9999.0  # in place of -inf, which JSON cannot say
 
 
@@ -66,7 +67,7 @@ def sample(logits: Tensor, rows: list[SampledRow]) -> list[int]:
     of a step in which nobody asks for logprobs."""
     logits = _adjust(logits, rows)
     tokens = logits.argmax(-1)
-    noisy = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    noisy = [i for i, row in enumerate(rows) if row.sampling.temperature >= LEAST_TEMPERATURE]
     if noisy:
         index = torch.tensor(noisy, device=logits.device)
         tokens[index] = _sample_noisy(logits[index].float(), [rows[i] for i in noisy])

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE, ModelInfo
 from engine.kernels import Kernels
+from engine.rope import Rotation
 from kvcache.cache import CacheSize, KVCache
 from kvcache.decode import UNITS, RowSelection
 from kvcache.pool import pages_for
@@ -18,6 +20,7 @@ from kvcache.quest import PER_PAGE, Quest, write_bounds
 from kvcache.state import NewKeys, StateRegistry
 from sparse.antidiagonals import STRIDES
 from sparse.base import Chunk
+from sparse.descent import Funnel
 from sparse.estimator import estimate
 from sparse.head_patterns import NUM_LOCAL, HeadGroup
 from sparse.page_rules import visible_pages
@@ -42,14 +45,14 @@ def checked(
     """These kernels, with torch in the place of those that fail or err on this device, as the log says."""
     twins = Kernels()
     for name, trial in TRIALS.items():
-        kernel, twin = getattr(kernels, name), getattr(twins, name)
+        kernel, twin = map(attrgetter(name), (kernels, twins))
         reason = None
         if kernel is not twin:
             cases = [_draw(model, dtype, device, page_dtype) for _ in range(2)]
             reason = _complaint(trial, kernel, twin, cases, TOLERANCES[dtype])
         if reason is not None:
             log.warning("kernel %s is not used on %s, torch serves in its place: %s", name, device, reason)
-            kernels = replace(kernels, **{name: twin})
+            kernels = kernels.with_kernel(name, twin)
     return kernels
 
 
@@ -69,18 +72,7 @@ def _draw(
     model: ModelInfo, dtype: torch.dtype, device: torch.device, page_dtype: torch.dtype | None
 ) -> _Case:
     heads, kv_heads = model.num_query_heads, model.num_kv_heads
-    pages = kv_heads * pages_for(LENGTH + 1)
-    cache = KVCache(
-        replace(model, num_layers=1),
-        CacheSize(pages, 1, LENGTH + PAGE_SIZE),
-        dtype=dtype,
-        device=device,
-        states=StateRegistry(),
-        page_dtype=page_dtype,
-    )
-    slot = cache.admit(pages)
-    cache.reserve(slot, LENGTH)
-    cache.sync()
+    cache = one_sequence(model, LENGTH, dtype, device, page_dtype)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(n, LENGTH, model.head_dim, generator=generator).to(device, dtype)
@@ -89,7 +81,31 @@ def _draw(
     windows = {model.window(layer) for layer in range(model.num_layers)}
     # a window longer than the sequence would mask nothing
     features = tuple(Features(window and min(window, LENGTH // 2)) for window in windows)
-    return _Case(cache, q, k, v, cache.prefill_destinations(slot, 0, LENGTH)[0], features)
+    return _Case(cache, q, k, v, cache.prefill_destinations(0, 0, LENGTH)[0], features)
+
+
+def one_sequence(
+    model: ModelInfo,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    page_dtype: torch.dtype | None = None,
+) -> KVCache:
+    """Of one layer of a model, with pages for so many tokens of a sequence in slot 0, and for one more."""
+    pages = model.num_kv_heads * pages_for(length + 1)
+    cache = KVCache(
+        replace(model, num_layers=1),
+        CacheSize(pages, 1, length + PAGE_SIZE),
+        dtype=dtype,
+        device=device,
+        states=StateRegistry(),
+        page_dtype=page_dtype,
+    )
+    slot = cache.admit(pages)
+    assert slot == 0
+    cache.reserve(slot, length)
+    cache.sync()
+    return cache
 
 
 def _attend(kernel: Any, case: _Case) -> list[Tensor]:
@@ -207,6 +223,27 @@ def _antidiagonal_mass(kernel: Any, case: _Case) -> list[Tensor]:
     return [kernel(q, keys, chunk, stride=stride, scale=scale) for stride in STRIDES]
 
 
+def _pruned_pieces(kernel: Any, case: _Case) -> list[Tensor]:
+    """Over signs: their products are exact in every dtype, so that nothing is almost a tie."""
+    case.cache.write(case.k.sign(), case.v, case.destinations)
+    keys = case.cache.view(0, 0, LENGTH)
+    chunk = Chunk(START, LENGTH - START, LENGTH, LENGTH + 1, slot=0)
+    masks = []
+    for num_lists in sorted({1, len(case.k)}):
+        funnel = Funnel((32, 8), (96, 32), (4, 1), PAGE_SIZE, 0, num_lists)
+        units = kernel(case.q[:, START:].sign(), keys, chunk, funnel).long() // 8
+        masks.append(torch.zeros(*units.shape[:2], LENGTH, device=units.device).scatter_(2, units, 1.0))
+    return masks
+
+
+def _pool_pages(kernel: Any, case: _Case) -> list[Tensor]:
+    case.cache.write(case.k, case.v, case.destinations)
+    keys, size = case.cache.view(0, 0, LENGTH), case.k.shape[2] // 4 * 2  # some dimensions are not rotated
+    frequencies = 1e4 ** (-torch.arange(0, size, 2, device=case.k.device) / size)
+    rotations = [Rotation(frequencies, 1.0, interleaved) for interleaved in (False, True)]
+    return [kernel(keys, LENGTH, rotation) for rotation in (None, *rotations)]
+
+
 def _store(kernel: Any, case: _Case) -> list[Tensor]:
     kernel(case.cache.pool, case.k, case.v, case.destinations)
     return case.cache.pool.by_token
@@ -226,13 +263,15 @@ def _move_kept(kernel: Any, case: _Case) -> list[Tensor]:
 TRIALS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "attend": _attend,
     "attend_rows": _attend_rows,
-    "estimate": _estimate,
-    "line_lists": _line_lists,
-    "mean_pages": _mean_pages,
-    "log_energy": _log_energy,
-    "antidiagonal_mass": _antidiagonal_mass,
-    "store": _store,
-    "move_kept": _move_kept,
+    "index.estimate": _estimate,
+    "index.line_lists": _line_lists,
+    "index.mean_pages": _mean_pages,
+    "index.log_energy": _log_energy,
+    "index.antidiagonal_mass": _antidiagonal_mass,
+    "index.pruned_pieces": _pruned_pieces,
+    "index.pool_pages": _pool_pages,
+    "moves.store": _store,
+    "moves.move_kept": _move_kept,
     "best_units": _best_units,
 }
 
@@ -249,10 +288,15 @@ def _complaint(
     try:
         found = trial(kernel, cases[1])
     except Exception as error:  # whatever a compiler or a launcher raises: the twin serves
-        return " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:1]])
+        return in_a_line(error)
     for got, want in zip(found, expected, strict=True):
         assert got.shape == want.shape, (got.shape, want.shape)
         error_norm = float((got.double() - want.double()).norm() / want.double().norm())
         if not error_norm <= tolerance:  # NaN never passes
             return f"it differs from torch by {error_norm:.1e} of the norm, {tolerance:.0e} is allowed"
     return None
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and how its words begin: compilers tell long stories."""
+    return " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:1]])

@@ -1,10 +1,10 @@
 """From a configuration to a running engine, in two steps: resolve (no weights, seconds) and load."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -12,15 +12,17 @@ import torch
 from configs.errors import ConfigError
 from configs.grammars import Grammars
 from configs.loading import load_plan
+from configs.machine import cores, free_memory
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.quantised import FP8, INT8
 from configs.schema import ServeConfig
 from engine import attention
 from engine.break_even import measured
 from engine.cuda_graph import check_graphs, cuda_graphs, graph_bytes
+from engine.decode_layers import fuse_decode
 from engine.dense_prefill import with_fastest_dense
 from engine.engine import Engine
-from engine.kernels import kernels_for
+from engine.kernels import Kernels, kernels_for
 from engine.layers import fuse_layers
 from engine.linear import can_be_fast, keep_in_bf16, speed_up_decode
 from engine.messages import ModelCard, Sampling, Submit
@@ -55,9 +57,17 @@ class Resolution:
     page_dtype: torch.dtype | None = None  # of quantised pages
 
     @property
+    def on(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
     def bytes_per_page(self) -> int:
-        dtype = self.page_dtype or getattr(torch, self.dtype)
-        return page_bytes(self.model.head_dim, dtype, self.states)
+        return page_bytes(self.model.head_dim, self.page_dtype or self.computes_in, self.states)
 
     @property
     def bytes_per_token(self) -> int:
@@ -101,61 +111,29 @@ def load(
 ) -> tuple[Engine, ModelCard]:
     """Load weights, size the cache, run a first request through everything. Raises ConfigError if it cannot
     fit. `tell` hears what is done next, and how much of it all has been done by then, roughly."""
-    config, model = resolution.config, resolution.model
+    config = resolution.config
     tell("weights", 0.0)
-    torch.set_num_threads(config.engine.threads or os.cpu_count() or 1)
-    attention.register()
-    network = load_model(
-        resolution.folder,
-        dtype=resolution.dtype,
-        device=resolution.device,
-        attention=attention.IMPLEMENTATION,
-        rope_scaling=config.engine.rope_scaling,
-    )
-    dtype, device = getattr(torch, resolution.dtype), torch.device(resolution.device)
-    if device.type == "cpu":
-        speed_up_decode(network)
-        fuse_layers(network)
-        if config.engine.weights_dtype == "bfloat16":
-            keep_in_bf16(network)
-    bytes_per_page = resolution.bytes_per_page
-    num_pages = _pool_bytes(config, model, bytes_per_page, device) // bytes_per_page
-    model = _fit_length(model, config, resolution.plans, num_pages)
-    tell("kernels", 0.4)
+    torch.set_num_threads(config.engine.threads or cores())
+    network = _network(resolution)
+    num_pages = _pool_bytes(resolution) // resolution.bytes_per_page
+    model = _fit_length(resolution.model, config, resolution.plans, num_pages)
     log.info("KV cache: %d pages, %d bytes per token held", num_pages, resolution.bytes_per_token)
-    kernels = checked(kernels_for(device, resolution.page_dtype), model, dtype, device, resolution.page_dtype)
-    kernels = with_fastest_dense(kernels, model, dtype, device, resolution.page_dtype)
-    cache = KVCache(
-        model,
-        CacheSize(num_pages, config.scheduler.max_num_seqs, model.max_length, *host_sizes(resolution)),
-        dtype=dtype,
-        device=device,
-        states=resolution.states,
-        moves=kernels.moves,
-        page_dtype=resolution.page_dtype,
-    )
+    tell("kernels", 0.4)
+    kernels = _kernels(resolution, model)
+    cache = _cache(resolution, model, num_pages, kernels)
     tell("from which length on sparse plans pay", 0.5)
     plans = measured(resolution.plans, model, cache, kernels, Rope.of(network))
     tell("decode steps", 0.7)
     methods = [plan.decode for plan in plans.values()]
     graphs = cuda_graphs(config.engine, network, methods, cache, kernels)
-    runner = ModelRunner(network, cache, kernels, device, graphs)
-
-    grammars = Grammars.if_possible(
-        resolution.folder / "tokenizer.json", model.vocab_size, end_tokens(resolution.folder)
-    )
+    runner = ModelRunner(network, cache, kernels, resolution.on, graphs)
+    ends = end_tokens(resolution.folder)
+    grammars = Grammars.if_possible(resolution.folder / "tokenizer.json", model.vocab_size, ends)
 
     def engine() -> Engine:
         scheduler = Scheduler(config.scheduler, cache)
-        return Engine(
-            plans,
-            scheduler,
-            runner,
-            cache,
-            end_tokens(resolution.folder),
-            share_prefixes=config.cache.enable_prefix_caching,
-            grammars=grammars,
-        )
+        sharing = config.cache.enable_prefix_caching
+        return Engine(plans, scheduler, runner, cache, ends, share_prefixes=sharing, grammars=grammars)
 
     tell("a first request under every plan", 0.8)
     _warm_up(engine(), plans, model)  # an engine of its own: nobody asked for these tokens
@@ -164,9 +142,49 @@ def load(
         plans=tuple(plan.card for plan in plans.values()),
         max_model_len=model.max_length,
         num_pages=num_pages,
-        page_bytes=bytes_per_page,
+        page_bytes=resolution.bytes_per_page,
     )
     return engine(), card
+
+
+def _network(resolution: Resolution) -> Any:
+    """The model with its weights, and on a CPU with our layers in the place of some of its own."""
+    config = resolution.config.engine
+    attention.register()
+    network = load_model(
+        resolution.folder,
+        dtype=resolution.dtype,
+        device=resolution.device,
+        attention=attention.IMPLEMENTATION,
+        rope_scaling=config.rope_scaling,
+    )
+    if resolution.device == "cpu":
+        speed_up_decode(network)
+        fuse_layers(network)
+        if config.weights_dtype == "bfloat16":
+            keep_in_bf16(network)
+        fuse_decode(network)
+    return network
+
+
+def _kernels(resolution: Resolution, model: ModelInfo) -> Kernels:
+    """Those that run here and err nowhere, the fastest of them for dense chunks."""
+    device, page_dtype = resolution.on, resolution.page_dtype
+    of_model = (model, resolution.computes_in, device, page_dtype)
+    return with_fastest_dense(checked(kernels_for(device, page_dtype), *of_model), *of_model)
+
+
+def _cache(resolution: Resolution, model: ModelInfo, num_pages: int, kernels: Kernels) -> KVCache:
+    slots = resolution.config.scheduler.max_num_seqs
+    return KVCache(
+        model,
+        CacheSize(num_pages, slots, model.max_length, *host_sizes(resolution)),
+        dtype=resolution.computes_in,
+        device=resolution.on,
+        states=resolution.states,
+        moves=kernels.moves,
+        page_dtype=resolution.page_dtype,
+    )
 
 
 def device_for(asked: str) -> str:
@@ -215,9 +233,10 @@ def page_dtype_for(asked: str, device: str) -> torch.dtype | None:
     return {"auto": None, "int8": INT8, "fp8": FP8}[asked]
 
 
-def _pool_bytes(config: ServeConfig, model: ModelInfo, bytes_per_page: int, device: torch.device) -> int:
+def _pool_bytes(resolution: Resolution) -> int:
     """Bytes of the page pool: as configured, else from free memory, never more than all sequences could
     use."""
+    config, model, device = resolution.config, resolution.model, resolution.on
     if config.cache.kv_cache_memory_bytes is not None:
         return config.cache.kv_cache_memory_bytes
     if device.type == "cuda":
@@ -225,9 +244,13 @@ def _pool_bytes(config: ServeConfig, model: ModelInfo, bytes_per_page: int, devi
         available = free - int(total * (1 - config.cache.gpu_memory_utilization))
         available -= graph_bytes(config.engine, device)
     else:
-        available = int(_free_memory() * CPU_CACHE_SHARE)
+        memory = free_memory()
+        if memory is None:
+            words = "free memory cannot be read on this system; give a size"
+            raise ConfigError(f"cache.kv_cache_memory_bytes: {words}")
+        available = int(memory * CPU_CACHE_SHARE)
     rows = model.num_layers * model.num_kv_heads
-    most = config.scheduler.max_num_seqs * rows * pages_for(model.max_length) * bytes_per_page
+    most = config.scheduler.max_num_seqs * rows * pages_for(model.max_length) * resolution.bytes_per_page
     return max(0, min(available, most))
 
 
@@ -242,14 +265,6 @@ def host_sizes(resolution: Resolution) -> tuple[int, int]:
             f" {rows * resolution.bytes_per_page}; give it more, or 0 for no host tier"
         )
     return pages, int(pages * config.host_columns) // rows if config.enable_prefix_caching else 0
-
-
-def _free_memory() -> int:
-    """Bytes a process can still get, from the kernel's own estimate."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("cache.kv_cache_memory_bytes: free memory cannot be read on this system; give a size")
 
 
 def _fit_length(

@@ -9,7 +9,6 @@ DIR/gates.safetensors, .json     the gates of all layers, and how they came abou
 import hashlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from configs.errors import ConfigError
+from configs.machine import cores
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.schema import EngineConfig
 from engine.gate_decode import DecodeGates
@@ -74,7 +74,7 @@ class Task:
 
 def train_gates(task: Task, report: Report) -> dict[str, Any]:
     """Train, or go on where an earlier start ended; the same gates either way. Gives what gates.json says."""
-    torch.set_num_threads(task.engine.threads or os.cpu_count() or 1)
+    torch.set_num_threads(task.engine.threads or cores())
     folder = prepare_model(task.engine)
     model = model_info(folder, task.engine)
     _refuse_what_has_no_gates(model, task.length)

@@ -114,6 +114,26 @@ class Full:
         return None
 
 
+class AttendRows(Protocol):
+    """Attention of one token per sequence over what its rows hold: see `attend_rows`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        pages: Tensor,
+        held: Tensor,
+        *,
+        scale: float,
+        max_held: int,
+        features: Features = NO_FEATURES,
+        selection: RowSelection | None = None,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 def attend_rows(
     q: Tensor,
     k_pool: Tensor,

@@ -43,5 +43,4 @@ class Admin:
         return JSONResponse({"pages": cleared.pages, "host_pages": cleared.host_pages})
 
     def _state(self) -> Response:
-        others = self.limits.num_open - 1  # without the one that asks
-        return JSONResponse({"draining": self.is_draining, "open_requests": others})
+        return JSONResponse({"draining": self.is_draining, "open_requests": self.limits.num_open})

@@ -8,6 +8,7 @@ from server.commands.chat import chat
 from server.commands.complete import complete
 from server.commands.env import env
 from server.commands.exits import FAILED, fail
+from server.commands.prebuild import prebuild
 from server.commands.serve import serve
 from server.commands.train_gates import train_gates
 from server.shadowing import ShadowedPackage, protect_children, refuse_shadowed_packages
@@ -28,6 +29,7 @@ app.command()(bench)
 app.command()(env)
 app.add_typer(plan.app, name="plan")
 app.command()(train_gates)
+app.command()(prebuild)
 
 
 @app.command()

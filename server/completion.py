@@ -62,7 +62,7 @@ async def answer(
                 if not begun:
                     begun = True
                     on_first()
-                meter.tokens(len(output.tokens), output.cost)
+                meter.tokens(len(output.tokens), output.cost, output.choice)
                 piece = replace(texts[output.choice].take(output), choice=output.choice)
                 if job.echo_only:
                     piece = replace(

@@ -49,7 +49,9 @@ class Gate:
                 return
             self._identify(visit, headers)
             self._check_admin(scope["path"], headers)
-            self.limits.open(visit)
+            is_work = scope["method"] == "POST" and not _is_admin(scope["path"])
+            if is_work:  # a full server can still be looked at, and drained
+                self.limits.open(visit)
         except ServeError as error:
             await errors.reply(error)(scope, receive, named)
             return
@@ -57,7 +59,8 @@ class Gate:
             scope.setdefault("state", {})["visit"] = visit
             await self._app(scope, receive, named)
         finally:
-            self.limits.close(visit)
+            if is_work:
+                self.limits.close(visit)
 
     @staticmethod
     def _check_head(scope: Scope) -> None:
@@ -70,7 +73,7 @@ class Gate:
             )
 
     def _check_admin(self, path: str, headers: Headers) -> None:
-        if not self._keys.has_admins or not f"{path}/".startswith(f"{ADMIN_PATH}/"):
+        if not self._keys.has_admins or not _is_admin(path):
             return  # without an admin key there are no admin routes
         given = headers.getlist("authorization")
         if len(given) != 1 or self._keys.owner(given[0]) is None:
@@ -86,3 +89,7 @@ class Gate:
         if visit.key is None:
             words = "Incorrect API key provided." if given else "You didn't provide an API key."
             raise errors.Unauthorized(f"{words} Send it as 'Authorization: Bearer KEY'.")
+
+
+def _is_admin(path: str) -> bool:
+    return f"{path}/".startswith(f"{ADMIN_PATH}/")

@@ -162,29 +162,8 @@ def _job(
     if request.min_tokens > max_tokens:
         words = f"'min_tokens' ({request.min_tokens}) exceeds what the context leaves: {max_tokens} tokens."
         raise BadRequest(words, param="min_tokens")
-    sampling = Sampling(
-        max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=min(max(request.top_k, 0), card.vocab_size),
-        seed=secrets.randbits(63) if request.seed is None else request.seed,
-        ignore_eos=request.ignore_eos,
-        stop_token_ids=tuple(request.stop_token_ids),
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        logit_bias=tuple(request.logit_bias.items()),
-        min_tokens=request.min_tokens,
-        logprobs=request.num_logprobs,
-        prompt_logprobs=_prompt_logprobs(request, len(tokens)),
-    )
-    if request.n > card.max_num_seqs:
-        raise BadRequest(
-            f"'n' is {request.n}; this server runs at most {card.max_num_seqs} answers at once.", param="n"
-        )
-    if request.n > 1 and sampling.prompt_logprobs is not None:
-        raise BadRequest("The prompt's log-probabilities go with one answer: 'n' must be 1.", param="n")
+    sampling = _sampling(request, len(tokens), max_tokens, card)
+    _check_choices(request.n, sampling, card)
     reports = Reports(progress=request.farspan.progress, per_head=request.farspan.per_head)
     submit = Submit(
         request_id,
@@ -204,6 +183,35 @@ def _job(
         return_token_ids=request.return_token_ids,
         timeout=request.timeout,
     )
+
+
+def _sampling(request: Request, prompt: int, max_tokens: int, card: ModelCard) -> Sampling:
+    """How the tokens behind a prompt of so many are chosen."""
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=min(max(request.top_k, 0), card.vocab_size),
+        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        ignore_eos=request.ignore_eos,
+        stop_token_ids=tuple(request.stop_token_ids),
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=tuple(request.logit_bias.items()),
+        min_tokens=request.min_tokens,
+        logprobs=request.num_logprobs,
+        prompt_logprobs=_prompt_logprobs(request, prompt),
+    )
+
+
+def _check_choices(n: int, sampling: Sampling, card: ModelCard) -> None:
+    if n > card.max_num_seqs:
+        words = f"'n' is {n}; this server runs at most {card.max_num_seqs} answers at once."
+        raise BadRequest(words, param="n")
+    if n > 1 and sampling.prompt_logprobs is not None:
+        raise BadRequest("The prompt's log-probabilities go with one answer: 'n' must be 1.", param="n")
 
 
 async def _structured(jobs: list[Job], request: Request, outputs: StructuredOutputs) -> list[Job]:

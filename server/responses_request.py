@@ -107,6 +107,12 @@ class TextFormat(Body):
     description: str | None = None
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> "TextFormat":
+        if (self.schema_ is not None) != (self.type == "json_schema"):
+            raise ValueError("'schema' goes with type 'json_schema', and only with it")
+        return self
+
 
 class TextOptions(Body):
     format: TextFormat | None = None

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
@@ -28,16 +29,8 @@ class Tokens:
         """POST /tokenize: the token ids of a text, or of a chat as it would be sent to the model."""
         checked = parse_tokenize(await self.body(request))
         self._expect(checked.model)
-        tokens = await asyncio.to_thread(self._encode, checked)
-        reply: dict[str, Any] = {
-            "count": len(tokens),
-            "max_model_len": self.engine.card.max_model_len,
-            "tokens": tokens,
-            "token_strs": None,
-        }
-        if checked.return_token_strs:
-            reply["token_strs"] = [self.tokenizer.token_string(token) for token in tokens]
-        return JSONResponse(reply)
+        body = await asyncio.to_thread(self._tokenized, checked)
+        return Response(body, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of token ids."""
@@ -63,6 +56,18 @@ class Tokens:
     def _expect(self, model: str | None) -> None:
         if model is not None:
             expect_model(model, self.model_name)
+
+    def _tokenized(self, checked: TokenizeRequest) -> bytes:
+        """The reply as JSON, which is slow for a long text: not for the event loop."""
+        tokens = self._encode(checked)
+        strings = map(self.tokenizer.token_string, tokens)
+        reply: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": self.engine.card.max_model_len,
+            "tokens": tokens,
+            "token_strs": list(strings) if checked.return_token_strs else None,
+        }
+        return msgspec.json.encode(reply)
 
     def _encode(self, checked: TokenizeRequest) -> list[int]:
         text, is_chat = checked.prompt or "", checked.messages is not None

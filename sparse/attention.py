@@ -1,6 +1,7 @@
 """Block-sparse attention in torch: the definition of what a Selection means; on CPU, what serves."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ class Attended:
 
     out: Tensor  # [Hq, Tq, D] in the dtype of q
     lse: Tensor  # [Hq, Tq] float32, natural log of the sum of exp(logit), the sink's included
+
+
+class Attend(Protocol):
+    """Attention of a chunk over what a selection names: see `attend`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        keys: KeyView,
+        chunk: Chunk,
+        selection: Selection,
+        *,
+        scale: float,
+        features: Features = NO_FEATURES,
+    ) -> Attended: ...
 
 
 def attend(

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 
 import sparse.antidiagonals
+import sparse.descent
 import sparse.estimator
 import sparse.lines
 import sparse.page_scores
 from sparse.antidiagonals import AntidiagonalMass
 from sparse.base import Chunk
+from sparse.descent import PrunePieces
 from sparse.estimator import Estimator
 from sparse.lines import ListLines
-from sparse.page_scores import LogEnergy, MeanPages
+from sparse.page_scores import LogEnergy, MeanPages, PoolPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Index:
     mean_pages: MeanPages = sparse.page_scores.mean_pages
     log_energy: LogEnergy = sparse.page_scores.log_energy
     antidiagonal_mass: AntidiagonalMass = sparse.antidiagonals.antidiagonal_mass
+    pruned_pieces: PrunePieces = sparse.descent.pruned_pieces
+    pool_pages: PoolPages = sparse.page_scores.pool_pages
 
 
 TORCH_INDEX = Index()

@@ -1,4 +1,4 @@
-"""What methods that score whole pages look at: keys by page, their means, and queries by page."""
+"""What methods that score whole pages look at: keys by page, what they come to, and queries by page."""
 
 from typing import Protocol
 
@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from configs.model import PAGE_SIZE
 from configs.quantised import dequantise
+from configs.rotation import Rotation
 from sparse.base import Chunk, KeyView
 
 SCORE_ELEMS = 1 << 23  # scores held at once: 32 MiB in fp32, whatever the prompt's length
@@ -59,6 +60,46 @@ def mean_pages(keys: KeyView, num_tokens: int, *, values: bool = False) -> Tenso
     sums = x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
     first = PAGE_SIZE * torch.arange(x.shape[1], device=x.device)
     return sums / (num_tokens - first).clamp_max(PAGE_SIZE)[:, None]
+
+
+class PoolPages(Protocol):
+    """Largest, smallest and mean of the keys of each page before RoPE: see `pool_pages`."""
+
+    def __call__(self, keys: KeyView, num_tokens: int, rotation: Rotation | None) -> Tensor: ...
+
+
+def pool_pages(keys: KeyView, num_tokens: int, rotation: Rotation | None) -> Tensor:
+    """`pooled_keys` of what a sequence holds: [Hkv, P, 3 D] float32. Of dropped pages, anything."""
+    return pooled_keys(key_pages(keys, num_tokens), num_tokens, rotation)
+
+
+def pooled_keys(k: Tensor, num_tokens: int, rotation: Rotation | None) -> Tensor:
+    """Largest, smallest and mean of the keys of each page before RoPE, side by side: [Hkv, P, 3 D] float32.
+
+    k [Hkv, P, 64, D] after RoPE. The last page counts the tokens that it has.
+    """
+    step = max(1, SCORE_ELEMS // k[:, 0].numel())  # pages at once: in fp32 keys take twice their room
+    pieces = [
+        _pooled(k[:, page : page + step], page * PAGE_SIZE, num_tokens, rotation)
+        for page in range(0, k.shape[1], step)
+    ]
+    return torch.cat(pieces, dim=1)
+
+
+def _pooled(k: Tensor, start: int, num_tokens: int, rotation: Rotation | None) -> Tensor:
+    """`pooled_keys` of some pages, the first of which begins at position `start`."""
+    num_heads, num_pages = k.shape[:2]
+    k = k.flatten(1, 2).float()  # [Hkv, P * 64, D]
+    positions = start + torch.arange(k.shape[1], device=k.device)
+    if rotation is not None:
+        k = rotation.undo(k, positions)
+    behind = (positions >= num_tokens)[:, None]
+    largest, smallest, total = (
+        k.masked_fill(behind, fill).view(num_heads, num_pages, PAGE_SIZE, -1)
+        for fill in (float("-inf"), float("inf"), 0.0)
+    )
+    counts = (num_tokens - positions[::PAGE_SIZE]).clamp_max(PAGE_SIZE)
+    return torch.cat((largest.amax(2), smallest.amin(2), total.sum(2) / counts[:, None]), dim=-1)
 
 
 class LogEnergy(Protocol):

@@ -10,8 +10,9 @@ from configs.model import PAGE_SIZE, ModelInfo
 from configs.rotation import Rotation
 from sparse.base import Chunk, KeyView, StateRegistry
 from sparse.gate_files import Gate, read_gates
+from sparse.index import index_of
 from sparse.page_rules import check_range, forced_pages, read_pages, visible_pages
-from sparse.page_scores import SCORE_ELEMS, block_pages, held_pages, key_pages
+from sparse.page_scores import block_pages, held_pages
 from sparse.pattern_masks import page_means
 from sparse.selection import Selection
 
@@ -55,7 +56,7 @@ class SeerAttention:
         num_tokens = chunk.start + chunk.length
         block_page = block_pages(chunk, q.device)
         mean_q = page_means(chunk.pre_rope()[0], chunk.start % PAGE_SIZE)  # [Hq, B, D]
-        pooled_k = pooled_keys(key_pages(keys, num_tokens), num_tokens, chunk.rotation)  # [Hkv, P, 3 D]
+        pooled_k = index_of(chunk).pool_pages(keys, num_tokens, chunk.rotation)  # [Hkv, P, 3 D]
         scores = gate_scores(self._gate(layer, q.device), mean_q, pooled_k, block_page, chunk.rotation)
         held = held_pages(keys, num_tokens).repeat_interleave(q.shape[0] // pooled_k.shape[0], 0)
         allowed = visible_pages(block_page, held.shape[1]) & held[:, None]  # [Hq, B, P]
@@ -76,35 +77,6 @@ class SeerAttention:
         if self.layers[layer].k.device != device:
             self.layers[layer] = self.layers[layer].to(device)
         return self.layers[layer]
-
-
-def pooled_keys(k: Tensor, num_tokens: int, rotation: Rotation | None) -> Tensor:
-    """Largest, smallest and mean of the keys of each page before RoPE, side by side: [Hkv, P, 3 D] float32.
-
-    k [Hkv, P, 64, D] after RoPE. The last page counts the tokens that it has.
-    """
-    step = max(1, SCORE_ELEMS // k[:, 0].numel())  # pages at once: in fp32 keys take twice their room
-    pieces = [
-        _pooled(k[:, page : page + step], page * PAGE_SIZE, num_tokens, rotation)
-        for page in range(0, k.shape[1], step)
-    ]
-    return torch.cat(pieces, dim=1)
-
-
-def _pooled(k: Tensor, start: int, num_tokens: int, rotation: Rotation | None) -> Tensor:
-    """`pooled_keys` of some pages, the first of which begins at position `start`."""
-    num_heads, num_pages = k.shape[:2]
-    k = k.flatten(1, 2).float()  # [Hkv, P * 64, D]
-    positions = start + torch.arange(k.shape[1], device=k.device)
-    if rotation is not None:
-        k = rotation.undo(k, positions)
-    behind = (positions >= num_tokens)[:, None]
-    largest, smallest, total = (
-        k.masked_fill(behind, fill).view(num_heads, num_pages, PAGE_SIZE, -1)
-        for fill in (float("-inf"), float("inf"), 0.0)
-    )
-    counts = (num_tokens - positions[::PAGE_SIZE]).clamp_max(PAGE_SIZE)
-    return torch.cat((largest.amax(2), smallest.amin(2), total.sum(2) / counts[:, None]), dim=-1)
 
 
 def gate_scores(

@@ -26,6 +26,7 @@ COMPILED = {
         "attention sm_100 bf16 D64, 128 rows of 4 heads: pages, units of 1",
         "estimator sm_90 bf16 D128: lines",
         "antidiagonals sm_90 bf16 D128, 16 apart",
+        "descents sm_80 bf16 D128, means of 4",
     ],
     "kvcache": [
         "rows sm_80 bf16 D64, 4 heads, split +window +sinks",

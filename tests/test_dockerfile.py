@@ -92,6 +92,20 @@ def test_the_image_is_for_cpu_unless_the_other_is_asked_for() -> None:
     assert {stage[0] for stage in stages[1:]} == {"base"}
 
 
+def test_the_cuda_image_brings_kernels_from_outside_its_volume(image: Path) -> None:
+    settings = dict(word.split("=", 1) for line in instructions("ENV") for word in line.split())
+    (built,) = [line for line in instructions("RUN") if "farspan prebuild" in line]
+    (arguments,) = [line.partition("=")[2] for line in instructions("ARG") if line.startswith("PREBUILD=")]
+    assert built.endswith('farspan prebuild $PREBUILD --into "$FARSPAN_PREBUILT"')
+    assert not settings["FARSPAN_PREBUILT"].startswith("/data")
+    command = ["prebuild", *shlex.split(arguments.strip('"')), "--into", str(image), "--plan", "no-such-plan"]
+    refused = run(image, "-m", "server.cli", *command)
+    assert refused.returncode == 2 and "no plan 'no-such-plan'" in refused.stderr, "the flags are known"
+    module, _, name = settings["TRITON_CACHE_MANAGER"].partition(":")
+    found = run(image, "-c", f"import {module}; print({module}.{name}.__name__)")
+    assert found.stdout.strip() == name, found.stderr
+
+
 def test_health_is_asked_where_it_is_answered() -> None:
     (probe,) = instructions("HEALTHCHECK")
     url = next(word for word in shlex.split(probe) if word.startswith("http"))

@@ -16,7 +16,7 @@ MAY_IMPORT = {
 }
 COMMAND_LINE = {  # server/commands, in functions
     *("engine.plans", "engine.startup", "engine.memory", "engine.models", "engine.combinations"),
-    *("engine.gate_training", "engine.train_gates"),
+    *("engine.gate_training", "engine.train_gates", "engine.prebuild"),
 }
 
 

@@ -15,10 +15,11 @@ from kvcache.decode import RowSelection
 from kvcache.decode import attend_rows as attend_rows_in_torch
 
 SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+LOG2_E = math.log2(math.e)
 POOL_DTYPES = (torch.float32, torch.bfloat16, INT8, FP8)  # in the order of PoolType in native.h
 
 
-class _DecodeCall(ctypes.Structure):
+class DecodeCall(ctypes.Structure):
     """Mirrors DecodeCall of cpu_decode.cpp, where the shapes are."""
 
     _fields_ = [
@@ -30,7 +31,7 @@ class _DecodeCall(ctypes.Structure):
             for name in ("num_rows", "num_kv_heads", "group_size", "head_dim", "row_pages")
         ),
         *((name, ctypes.c_int64) for name in ("row_units", "unit", "window")),
-        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("pool_type", "num_threads")),
     ]
 
@@ -82,7 +83,7 @@ def attend_rows(
         assert (scales is not None) == is_quantised(k_pool.dtype), k_pool.dtype
         assert scales is None or (scales.is_contiguous() and scales.shape == k_pool.shape[:2])
     # What a pointer is taken of must live until the call returns.
-    queries = (q.float() * (scale * math.log2(math.e))).contiguous()
+    queries = q.float().contiguous()
     pages, held = pages.contiguous(), held.contiguous()
     sinks = None if features.sinks is None else features.sinks.contiguous()
     assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (num_heads,)), sinks
@@ -92,7 +93,7 @@ def attend_rows(
         assert selection.ids.device.type == "cpu" and selection.counts.shape == held.shape
         ids, counts = selection.ids.contiguous(), selection.counts.contiguous()
     out = torch.empty_like(queries)
-    call = _DecodeCall(
+    call = DecodeCall(
         *(x.data_ptr() for x in (queries, k_pool, v_pool)),
         *(None if x is None else x.data_ptr() for x in (k_scales, v_scales)),
         *(x.data_ptr() for x in (pages, held)),
@@ -101,6 +102,7 @@ def attend_rows(
         *(batch * num_kv_heads, num_kv_heads, num_heads // num_kv_heads, head_dim, row_pages),
         *((0, 0) if selection is None else (selection.ids.shape[2], selection.unit)),
         features.window or 0,
+        scale * LOG2_E,
         features.softcap or 0.0,
         POOL_DTYPES.index(k_pool.dtype),
         torch.get_num_threads(),

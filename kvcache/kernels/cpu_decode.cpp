@@ -25,7 +25,7 @@ constexpr int HEADS = 3;  // query heads: 4 x 3 sums and 4 vectors of keys fill 
 }  // namespace
 
 extern "C" struct DecodeCall {  // mirrored in cpu.py
-  const float* q;               // [B][Hq][D], scaled by scale * log2(e)
+  const float* q;               // [B][Hq][D]
   const void* k_pool;           // [num_pages][PAGE_SIZE][D]
   const void* v_pool;
   const float* k_scales;        // [num_pages][PAGE_SIZE] of codes, else null
@@ -39,6 +39,7 @@ extern "C" struct DecodeCall {  // mirrored in cpu.py
   int64_t num_rows, num_kv_heads, group_size, head_dim, row_pages;  // num_rows = B * Hkv
   int64_t row_units, unit;      // unit is UNIT or PAGE_SIZE
   int64_t window;               // the last tokens of a row that are read, 0 = all; not with a selection
+  float scale;                  // of queries times keys, times log2(e)
   float softcap;                // 0 = none
   int32_t pool_type, num_threads;
 };
@@ -267,8 +268,11 @@ void merge(const DecodeCall& call, const Partials& partials, size_t first, size_
 }
 
 template <typename Element>
-void run(const DecodeCall& call) {
+void run(DecodeCall call) {
   const int64_t group = call.group_size, head_dim = call.head_dim;
+  std::vector<float> queries(call.q, call.q + call.num_rows * group * head_dim);
+  for (float& x : queries) x *= call.scale;
+  call.q = queries.data();
   std::vector<Piece> pieces;
   std::vector<size_t> starts{0};  // of each row's pieces
   for (int64_t row = 0; row < call.num_rows; ++row) {

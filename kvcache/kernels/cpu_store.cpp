@@ -1,4 +1,4 @@
-// New keys and values into pages of codes on CPU: quantised token by token, as configs/quantised.py says, and stored.
+// New keys and values into pages on CPU; into pages of codes quantised token by token, as configs/quantised.py says.
 #include <algorithm>
 #include <cmath>
 
@@ -15,7 +15,7 @@ constexpr int64_t WORTH_THREADS = 256;  // tokens: fewer are stored sooner than 
 extern "C" struct StoreCall {  // mirrored in cpu_store.py
   const void* tokens[2];       // keys, values: [A][C][D], the last axis contiguous
   void* pools[2];              // [num_pages * PAGE_SIZE][D]
-  float* scales[2];            // [num_pages * PAGE_SIZE]
+  float* scales[2];            // [num_pages * PAGE_SIZE] of codes, else null
   const int64_t* destinations;  // [A][C]
   int64_t strides[2][2];       // of A and C, in keys and in values
   int64_t num_a, num_c, head_dim;
@@ -26,6 +26,10 @@ namespace {
 
 // To the nearest, ties to even: what is added to 1.5 * 2^23 loses its fraction.
 inline int32_t rounded(float x) { return static_cast<int32_t>((x + 12582912.0f) - 12582912.0f); }
+
+inline void put(float* to, float x) { *to = x; }
+
+inline void put(uint16_t* to, float x) { *to = float_to_bf16(x); }
 
 inline void put(int8_t* to, float x) { *to = static_cast<int8_t>(rounded(x)); }
 
@@ -58,7 +62,7 @@ float quantise(const Element* token, int64_t head_dim, Code* codes) {
   return scale;
 }
 
-template <typename Code, typename Element>
+template <typename Kept, typename Element>
 void run(const StoreCall& call) {
   const int64_t count = call.num_a * call.num_c;
 #pragma omp parallel for num_threads(call.num_threads) if (count >= WORTH_THREADS)
@@ -66,16 +70,27 @@ void run(const StoreCall& call) {
     for (int part = 0; part < 2; ++part) {
       const int64_t at = i / call.num_c * call.strides[part][0] + i % call.num_c * call.strides[part][1];
       const int64_t place = call.destinations[i];
-      call.scales[part][place] = quantise(static_cast<const Element*>(call.tokens[part]) + at, call.head_dim,
-                                          static_cast<Code*>(call.pools[part]) + place * call.head_dim);
+      const Element* token = static_cast<const Element*>(call.tokens[part]) + at;
+      Kept* to = static_cast<Kept*>(call.pools[part]) + place * call.head_dim;
+      if constexpr (IS_CODE<Kept>)
+        call.scales[part][place] = quantise(token, call.head_dim, to);
+      else
+        for (int64_t d = 0; d < call.head_dim; ++d) put(to + d, float_at(token, d));
     }
+}
+
+template <typename Kept>
+void store_as(const StoreCall& call) {
+  call.is_bf16 ? run<Kept, uint16_t>(call) : run<Kept, float>(call);
 }
 
 }  // namespace
 
 extern "C" void farspan_store(const StoreCall* call) {
-  if (call->pool_type == POOL_INT8)
-    call->is_bf16 ? run<int8_t, uint16_t>(*call) : run<int8_t, float>(*call);
-  else
-    call->is_bf16 ? run<Fp8, uint16_t>(*call) : run<Fp8, float>(*call);
+  switch (call->pool_type) {
+    case POOL_FP32: return store_as<float>(*call);
+    case POOL_INT8: return store_as<int8_t>(*call);
+    case POOL_FP8: return store_as<Fp8>(*call);
+    default: store_as<uint16_t>(*call);
+  }
 }

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).with_name("cpu_store.cpp")
 DTYPES = (torch.float32, torch.bfloat16)  # of tokens
 
 
-class _StoreCall(ctypes.Structure):
+class StoreCall(ctypes.Structure):
     """Mirrors StoreCall of cpu_store.cpp, where the shapes are."""
 
     _fields_ = [
@@ -44,7 +44,7 @@ def store(pool: PagePool, k: Tensor, v: Tensor, destinations: Tensor) -> None:
     # What a pointer is taken of must live until the call returns.
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     destinations = destinations.contiguous()
-    call = _StoreCall(
+    call = StoreCall(
         (k.data_ptr(), v.data_ptr()),
         (pool.k.data_ptr(), pool.v.data_ptr()),
         (pool.k_scales.data_ptr(), pool.v_scales.data_ptr()),

@@ -35,7 +35,8 @@ def _copy_scales(source, target, source_offset, target_offset, mask):
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "width", "num_blocks", "stride_keep", "stride_old", "stride_ids"]
+    do_not_specialize=["num_tokens", "width", "num_blocks", "stride_keep", "stride_old", "stride_ids"],
+    do_not_specialize_on_alignment=["keep", "old", "ids"],  # of any layer: they begin anywhere
 )
 def _gather_kernel(
     k_pool,  # [num_pages, PAGE, D]
@@ -81,7 +82,10 @@ def _gather_kernel(
     tl.store(ids + head * stride_ids + place, position, mask=mask)
 
 
-@triton.jit(do_not_specialize=["width", "num_places", "stride_new"])
+@triton.jit(
+    do_not_specialize=["width", "num_places", "stride_new"],
+    do_not_specialize_on_alignment=["counts", "new"],
+)
 def _scatter_kernel(
     k_pool,  # [num_pages, PAGE, D]
     v_pool,  # [num_pages, PAGE, D]

@@ -2,7 +2,6 @@
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
 from configs.quantised import is_quantised
 from configs.triton_softmax import LN_2, LOG2_E, fold, logits, read_page
+from configs.triton_target import num_processors
 from kvcache.decode import RowSelection
 
 # ----------------------------------------------------------------------
@@ -71,7 +71,11 @@ def _load_tokens(
     return tile.to(like.dtype)
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_ids", "stride_pages_batch", "stride_pages_head"])
+@triton.jit(
+    do_not_specialize=["num_splits", "num_ids", "stride_pages_batch", "stride_pages_head"],
+    # of any layer: parts of larger tensors begin anywhere
+    do_not_specialize_on_alignment=["pages", "held", "ids", "counts"],
+)
 def _rows_kernel(
     q,  # [B, Hq, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
@@ -183,7 +187,7 @@ def _rows_kernel(
             tl.store(lse + head, log_sum * LN_2, mask=head_mask)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["lengths"])
 def _merge_kernel(
     part_out,  # [B * Hkv, num_splits, GROUP, D] fp32
     part_lse,  # [B * Hkv, num_splits, GROUP] fp32, base 2
@@ -264,16 +268,9 @@ def build_for(head_dim: int) -> Build:
     return ROWS_BUILD[max(64, triton.next_power_of_2(head_dim))]
 
 
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def num_splits(num_rows: int, longest: int, device: torch.device) -> int:
     """Programs per row: enough to fill the device, each with work. longest: tokens that a row may read."""
-    wanted = -(-PROGRAMS_PER_PROCESSOR * _num_processors(device) // max(1, num_rows))
+    wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors(device) // max(1, num_rows))
     useful = -(-longest // (PAGE_SIZE * LEAST_PAGES))
     return max(1, min(wanted, useful, MOST_SPLITS))
 

@@ -30,7 +30,10 @@ def _quantise(tokens, like, LARGEST: tl.constexpr):
     return codes.to(like.dtype.element_ty), scales
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_columns"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_columns", "stride_destination_a"],
+    do_not_specialize_on_alignment=["destinations"],
+)
 def _store_kernel(
     k_pool,  # [num_pages, PAGE, D]
     v_pool,  # [num_pages, PAGE, D]

@@ -47,6 +47,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
 
 def environment() -> dict[str, Any]:
     """Everything, as JSON has it."""
+    from configs.machine import cores
     from configs.native import cache_folder, cache_root, compiler
 
     kernels = cache_folder()
@@ -55,7 +56,7 @@ def environment() -> dict[str, Any]:
         "farspan": farspan_version(),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": {"name": _cpu_line("model name"), "cores": os.cpu_count(), "flags": _cpu_flags()},
+        "cpu": {"name": _cpu_line("model name"), "cores": cores(), "flags": _cpu_flags()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": _gpus(),
         "kernels": {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.commands.exits import REFUSED, fail
+from server.commands.flags import Flag, Panels, settings_of, takes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,21 +20,24 @@ AT_ONCE = (1, 4, 16, 64)  # sequences, where nobody says how many
 
 app = typer.Typer(help="Work with plan files.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+SERVER: Panels = {
+    "Server": (
+        Flag("engine.revision", "Branch, tag or commit of a hub model."),
+        Flag("engine.dtype", "As for `farspan serve`."),
+        Flag("engine.device", "As for `farspan serve`."),
+        Flag("engine.max_model_len", "As for `farspan serve`."),
+        Flag("engine.rope_scaling", "As for `farspan serve`."),
+        Flag("cache.dtype", "As for `farspan serve`.", name="cache_dtype"),
+        Flag("cache.kv_cache_memory_bytes", "Say how many sequences live in so much, such as 4GiB."),
+    )
+}
 
 
 @app.command()
+@takes(SERVER)
 def check(
     file: Annotated[str, typer.Argument(help="Plan file, or the name of a shipped plan.")],
     model: Annotated[str, typer.Option(help="Model as for `farspan serve`.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="As for `farspan serve`.")] = None,
-    device: Annotated[str | None, typer.Option(help="As for `farspan serve`.")] = None,
-    max_model_len: Annotated[str | None, typer.Option(help="As for `farspan serve`.")] = None,
-    rope_scaling: Annotated[str | None, typer.Option(help="As for `farspan serve`.")] = None,
-    cache_dtype: Annotated[str | None, typer.Option(help="As for `farspan serve`.")] = None,
-    kv_cache_memory_bytes: Annotated[
-        str | None, typer.Option(help="Say how many sequences live in so much, such as 4GiB.")
-    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +51,7 @@ def check(
         typer.Option(min=1, help="Sequences at once; repeat it.", show_default="1, 4, 16, 64"),
     ] = None,
     as_json: AsJson = False,
+    **given: Any,
 ) -> None:
     """Say whether a plan fits a model, what it does in each layer, what memory it takes. Loads no weights.
 
@@ -61,17 +66,7 @@ def check(
     from configs.loading import load_config
     from configs.schema import parse_count
 
-    flags: dict[str, Any] = {
-        "plans": [file],
-        "engine.model": model,
-        "engine.revision": revision,
-        "engine.dtype": dtype,
-        "engine.device": device,
-        "engine.max_model_len": max_model_len,
-        "engine.rope_scaling": rope_scaling,
-        "cache.dtype": cache_dtype,
-        "cache.kv_cache_memory_bytes": kv_cache_memory_bytes,
-    }
+    flags = settings_of(SERVER, given) | {"plans": [file], "engine.model": model}
     try:
         with Console(stderr=True).status("preparing the model"):
             from engine.memory import footprints

@@ -1,12 +1,15 @@
 """`farspan serve`: flags become settings, and the server runs with them."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from server.commands.exits import REFUSED, fail
 from server.commands.flags import Flag, Panels, settings_of, takes
+
+if TYPE_CHECKING:
+    from configs.schema import ServeConfig
 
 FLAGS: Panels = {
     "Model": (
@@ -124,6 +127,19 @@ FLAGS: Panels = {
 }
 
 
+def with_plans(config: Path | None, flags: dict[str, Any]) -> "ServeConfig":
+    """The configuration, with the plans that hold where none is named. Raises ConfigError, also of a plan."""
+    from configs.loading import DEFAULT_PLAN, load_config, load_plan
+
+    settings = load_config(config, flags)
+    if not settings.plans:
+        # dense beside the default: the exact answer to compare with costs nothing until it is asked for
+        settings = load_config(config, flags | {"plans": [DEFAULT_PLAN, "dense"]})
+    for reference in settings.plans:
+        load_plan(reference)
+    return settings
+
+
 @takes(FLAGS)
 def serve(
     model: Annotated[
@@ -152,18 +168,11 @@ def serve(
       farspan serve --plan minference-snapkv --plan dense --plan my-plan.yaml
     """
     from configs.errors import ConfigError
-    from configs.loading import DEFAULT_PLAN, load_config, load_plan
     from server import serve as running
 
     flags = settings_of(FLAGS, given) | {"engine.model": model, "plans": plan}
     try:
-        settings = load_config(config, flags)
-        if not settings.plans:
-            # dense beside the default: the exact answer to compare with costs nothing until it is asked for
-            settings = load_config(config, flags | {"plans": [DEFAULT_PLAN, "dense"]})
-        for reference in settings.plans:
-            load_plan(reference)
-        running.serve(settings)
+        running.serve(with_plans(config, flags))
     except ConfigError as error:
         fail(str(error), REFUSED)
     except running.StartFailed as error:

@@ -13,10 +13,12 @@ from sparse.antidiagonals import STRIDES
 from sparse.kernels import (
     triton_antidiagonals,
     triton_attention,
+    triton_descent,
     triton_energy,
     triton_estimator,
     triton_lines,
     triton_means,
+    triton_pooled,
 )
 
 # mma.sync, wgmma, tcgen05.mma as disassembled: what 64 rows or more are multiplied by
@@ -60,6 +62,17 @@ def builds() -> Iterator[Build]:
             yield antidiagonals_build(architecture, head_dim)
         yield antidiagonals_build(architecture, 128, pages="i8")
         yield from lines_builds(architecture)
+        for head_dim in HEAD_DIMS:
+            yield descents_build(architecture, head_dim)
+        yield descents_build(architecture, 128, stride=4)
+        for pages in ("i8", "fp8e4nv") if architecture >= 90 else ("i8",):
+            yield descents_build(architecture, 128, pages=pages)
+        yield pieces_build(architecture)
+        for head_dim in HEAD_DIMS:
+            yield pooled_build(architecture, head_dim)
+        yield pooled_build(architecture, 128, interleaved=True)
+        for pages in ("i8", "fp8e4nv") if architecture >= 90 else ("i8",):
+            yield pooled_build(architecture, 128, pages=pages)
 
 
 def attention_build(
@@ -222,6 +235,57 @@ def lines_builds(architecture: int) -> Iterator[Build]:
             options=options,
             tensor_core="",
         )
+
+
+def descents_build(architecture: int, head_dim: int, stride: int = 1, pages: str | None = None) -> Build:
+    """Descents of groups of 4 query heads by means of `stride` queries; over pages in bf16, or of codes."""
+    kernel = triton_descent._descents_kernel
+    types = {"means": "*bf16", "k_pool": f"*{pages or 'bf16'}", "pages": "*i32", "pieces": "*i32"}
+    types |= {"best": "*fp32"} | ({"k_scales": "*fp32"} if pages else {})
+    types |= dict.fromkeys(("num_pieces", "num_blocks", "width", "num_rounds", "first_end"), "i32")
+    rows = f"means of {stride}" if stride > 1 else "single queries"
+    return Build(
+        name=f"descents sm_{architecture} bf16 D{head_dim}, {rows}{f' of {pages}' if pages else ''}",
+        kernel=kernel,
+        architecture=architecture,
+        types=types | {name: "i32" for name in kernel.arg_names if name.startswith("stride_")},
+        constants=triton_descent.constants(head_dim=head_dim, group=4, stride=stride, interpreted=False),
+        options=triton_descent.OPTIONS,
+        tensor_core=TENSOR_CORE[architecture] if head_dim <= 128 else "HMMA",  # 32 pieces: too few for wgmma
+    )
+
+
+def pieces_build(architecture: int) -> Build:
+    """The pieces that go on after a stage: the same for every model."""
+    types = {"best": "*fp32", "bars": "*fp32", "rooms": "*i64", "pieces": "*i32", "kept": "*i32"}
+    names = ("num_pieces", "num_blocks", "most", "stride_list", "stride_block")
+    return Build(
+        name=f"descents sm_{architecture}: pieces",
+        kernel=triton_descent._keep_kernel,
+        architecture=architecture,
+        types=types | dict.fromkeys(names, "i32"),
+        constants={"BLOCK": triton_descent.KEEP},
+        options=triton_descent.KEEP_OPTIONS,
+        tensor_core="",
+    )
+
+
+def pooled_build(
+    architecture: int, head_dim: int, interleaved: bool = False, pages: str | None = None
+) -> Build:
+    """Largest, smallest and mean of rotated keys in bf16, or of codes."""
+    types = {"k_pool": f"*{pages or 'bf16'}", "pages": "*i32"} | ({"k_scales": "*fp32"} if pages else {})
+    types |= dict.fromkeys(("cos", "sin", "pooled"), "*fp32")
+    types |= dict.fromkeys(("num_tokens", "num_pages", "num_heads", "first", "stride_pages"), "i32")
+    return Build(
+        name=f"pooled sm_{architecture} {pages or 'bf16'} D{head_dim}{', neighbours' if interleaved else ''}",
+        kernel=triton_pooled._pool_kernel,
+        architecture=architecture,
+        types=types,
+        constants=triton_pooled.constants(head_dim=head_dim, half=head_dim // 2, interleaved=interleaved),
+        options=triton_pooled.OPTIONS,
+        tensor_core="",
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs.features import NO_FEATURES, Features
-from sparse.attention import Attended
+from sparse.attention import Attend, Attended
 from sparse.base import Chunk, KeyView
 from sparse.selection import Selection
 
@@ -39,7 +39,7 @@ class CudnnDense:
     """
 
     run: Cudnn
-    other: Callable[..., Attended]  # what serves the rest
+    other: Attend  # what serves the rest
     least: int = LEAST_ROWS
 
     def __call__(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from configs.features import NO_FEATURES, Features
-from sparse.attention import Attended
+from sparse.attention import Attend, Attended
 from sparse.base import Chunk, KeyView
 from sparse.selection import Selection
 
@@ -25,7 +25,7 @@ class FlashDense:
     """
 
     flash: Callable[..., Any]  # flash_attn.flash_attn_func, 2.8 or later
-    other: Callable[..., Attended]  # what serves the rest
+    other: Attend  # what serves the rest
 
     def __call__(
         self,

@@ -27,7 +27,8 @@ from sparse.selection import num_query_blocks
 
 
 @triton.jit(
-    do_not_specialize=["start", "num_rows", "first_square", "num_squares", "num_pages", "stride_pages"]
+    do_not_specialize=["start", "num_rows", "first_square", "num_squares", "num_pages", "stride_pages"],
+    do_not_specialize_on_alignment=["pages"],
 )
 def _antidiagonals_kernel(
     q,  # [Hq, Tq, D], last axis contiguous

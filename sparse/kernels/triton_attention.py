@@ -14,6 +14,7 @@ from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
 from configs.quantised import is_quantised
 from configs.triton_softmax import LN_2, LOG2_E, fold, logits, read_page, read_scales
+from configs.triton_target import architecture
 from sparse.attention import Attended
 from sparse.base import Chunk, KeyView
 from sparse.correction import corrected
@@ -39,7 +40,10 @@ def _unit(indices, first, i, is_all, DENSE: tl.constexpr):
         return tl.where(is_all, i, tl.load(indices + first + i, mask=is_all == 0, other=0))
 
 
-@triton.jit(do_not_specialize=["start", "num_rows", "num_blocks", "stride_pages", "stride_lse_head"])
+@triton.jit(
+    do_not_specialize=["start", "num_rows", "num_blocks", "stride_pages", "stride_lse_head"],
+    do_not_specialize_on_alignment=["pages"],  # of any layer: parts of larger tensors begin anywhere
+)
 def _attend_kernel(
     q,  # [Hq, Tq, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
@@ -299,11 +303,9 @@ def tile_for(architecture: int, head_dim: int, packed_rows: int) -> Tile:
     ]
 
 
-def _architecture(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90  # interpreted: any of them will do
-    major, _ = torch.cuda.get_device_capability(device)
-    return min(max(major, 8), 10) * 10
+def _architecture() -> int:
+    """The one in the table that is most like the GPU's."""
+    return min(max(architecture() // 10, 8), 10) * 10
 
 
 def constants(
@@ -382,7 +384,7 @@ def attend(
     num_blocks = num_query_blocks(chunk.start, length, query_block)
     assert lists is None or lists.counts.shape[1] == num_blocks, (lists.counts.shape, num_blocks)
     order = None if lists is None else _longest_first(lists, gathered, chunk.start, query_block)
-    tile = tile_for(_architecture(q.device), head_dim, pack * query_block)
+    tile = tile_for(_architecture(), head_dim, pack * query_block)
     num_lists = num_blocks if order is None else order.shape[0]
     log2_scale = scale * math.log2(math.e)
     q = q if q.stride(2) == 1 else q.contiguous()

@@ -2,7 +2,6 @@
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-import functools
 import math
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from configs.model import PAGE_SIZE
 from configs.quantised import is_quantised
 from configs.triton_softmax import LN_2, fold, logits, read_page, read_scales
+from configs.triton_target import num_processors
 from sparse.base import KeyView
 from sparse.estimator import Estimate
 
@@ -54,7 +54,10 @@ def _visible(i, page, first, num_rows, PAGE: tl.constexpr):
     return seen & (page >= 0)
 
 
-@triton.jit(do_not_specialize=["first", "num_rows", "num_pages", "num_splits", "stride_pages"])
+@triton.jit(
+    do_not_specialize=["first", "num_rows", "num_pages", "num_splits", "stride_pages"],
+    do_not_specialize_on_alignment=["pages"],
+)
 def _attend_kernel(
     q,  # [Hq, R, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
@@ -151,7 +154,10 @@ def _merge_kernel(
     tl.store(lse + row, (peak + tl.log2(total)) * LN_2, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["first", "num_rows", "num_pages", "num_runs", "run", "stride_pages"])
+@triton.jit(
+    do_not_specialize=["first", "num_rows", "num_pages", "num_runs", "run", "stride_pages"],
+    do_not_specialize_on_alignment=["pages"],
+)
 def _lines_kernel(
     q,  # [Hq, R, D], last axis contiguous
     k_pool,  # [num_pages, PAGE, D]
@@ -249,13 +255,6 @@ def merge_constants(head_dim: int) -> dict[str, int | float | bool]:
     return {"TILES": PAGE_SIZE // MERGE_ROWS, "BLOCK_M": MERGE_ROWS, "D": head_dim, "BLOCK_D": block}
 
 
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def estimate(q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float) -> Estimate:
     """What sparse.estimator.estimate gives for up to 64 rows, in three launches and without a host sync."""
     num_heads, num_rows, head_dim = q_rows.shape
@@ -271,7 +270,7 @@ def estimate(q_rows: Tensor, first_position: int, keys: KeyView, *, scale: float
     q = q_rows if q_rows.stride(2) == 1 else q_rows.contiguous()
     num_tokens = first_position + num_rows
     num_pages = triton.cdiv(num_tokens, PAGE_SIZE)
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * _num_processors(q.device), num_heads)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(q.device), num_heads)
     splits = max(1, min(wanted, num_pages))
     run = triton.cdiv(num_pages + 1, splits)
     part_out = q.new_empty(num_heads, splits, num_rows, head_dim, dtype=torch.float32)

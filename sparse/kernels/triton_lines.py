@@ -23,7 +23,7 @@ from sparse.selection import BlockLists
 
 
 @triton.jit
-def _kept(sums, i, num_lines, bar, room, FORCED: tl.constexpr, BLOCK: tl.constexpr):
+def kept_lines(sums, i, num_lines, bar, room, FORCED: tl.constexpr, BLOCK: tl.constexpr):
     """Which of the lines [i, i + BLOCK) are kept, and how many of them equal the bar."""
     line = i + tl.arange(0, BLOCK)
     inside = line < num_lines
@@ -51,7 +51,7 @@ def _columns_kernel(
     room = tl.load(rooms + head)
     count = 0
     for i in tl.range(0, num_lines, BLOCK):
-        kept, num_equal = _kept(sums + head * num_lines, i, num_lines, bar, room, FORCED, BLOCK)
+        kept, num_equal = kept_lines(sums + head * num_lines, i, num_lines, bar, room, FORCED, BLOCK)
         room -= num_equal
         place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(ids + head * width + place, i + tl.arange(0, BLOCK), mask=kept & (place < width))
@@ -77,7 +77,7 @@ def _diagonals_kernel(
     room = tl.load(rooms + head)
     pages = tl.arange(0, BLOCK // PAGE)
     for i in tl.range(0, num_lines, BLOCK):
-        kept, num_equal = _kept(sums + head * num_lines, i, num_lines, bar, room, FORCED, BLOCK)
+        kept, num_equal = kept_lines(sums + head * num_lines, i, num_lines, bar, room, FORCED, BLOCK)
         room -= num_equal
         by_page = tl.reshape(kept.to(tl.int32), [BLOCK // PAGE, PAGE])
         between = tl.where(tl.arange(0, PAGE)[None, :] > 0, by_page, 0)  # not whole pages away

@@ -16,7 +16,9 @@ from sparse.base import KeyView
 # ----------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_pages", "stride_pages"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_pages", "stride_pages"], do_not_specialize_on_alignment=["pages"]
+)
 def _means_kernel(
     pool,  # [num_pages of the pool, PAGE, D]
     scales,  # [num_pages of the pool, PAGE] fp32, of codes (None without)

@@ -73,6 +73,7 @@ def test_every_shipped_plan_loads() -> None:
         "quest",
         "s2",
         "seerattention",
+        "seerattention_r",
         "snapkv",
         "streaming",
         "xattention",

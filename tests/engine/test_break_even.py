@@ -20,6 +20,7 @@ from engine.plans import resolve_plan
 from engine.rope import Rope
 from kvcache.cache import KVCache
 from sparse.attention import Attended, attend
+from sparse.kernels.cudnn_dense import CudnnDense, cudnn_attention
 from tests.tiny import TinyEngine, greedy, make_prompt, plan, tiny_engine
 
 MODEL = ModelInfo("tiny", 8, 6, 2, 16, 256, 8192)
@@ -209,7 +210,10 @@ def test_what_changes_speed_is_measured_again_and_what_does_not_is_not(
         facts(layers={"0": "dense"}),
         facts(replace(MODEL, num_query_heads=8)),
         facts(replace(MODEL, windows=(None,) * 7 + (64,))),
-        facts(kernels=replace(Kernels(), attend=other)),
+        facts(kernels=Kernels().with_kernel("attend", other)),
+        facts(kernels=Kernels().with_kernel("attend", CudnnDense(cudnn_attention, attend))),
+        facts(kernels=Kernels().with_kernel("index.line_lists", other)),
+        facts(kernels=Kernels().with_kernel("moves.store", other)),
         facts(policy="streaming"),
     ]
     assert facts() == facts(replace(MODEL, name="renamed", max_length=4096)) == facts(policy="snapkv")

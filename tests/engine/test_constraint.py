@@ -116,10 +116,12 @@ def test_others_go_on_while_a_grammar_compiles(engine: TinyEngine, monkeypatch: 
     engine.submit("slow", make_prompt(70), asked(regex_grammar("[a-z]{3}")))
     engine.submit("gone", make_prompt(70), asked(regex_grammar("[a-z]{3}")))
     engine.submit("free", make_prompt(70), greedy(5))
+    assert engine.engine.stats().waiting == 3
     outputs: list[TokenOutput] = []
     while not any(output.finish_reason for output in outputs):
         outputs += engine.step()
     assert {output.request_id for output in outputs} == {"free"}
+    assert engine.engine.stats().waiting == 2
     engine.engine.abort("gone")
     ready.append(True)
     while engine.engine.has_work:
@@ -150,6 +152,27 @@ def test_a_mask_that_never_comes_ends_its_request_only(
     (failed,) = [output for output in outputs if output.error]
     assert failed.request_id == "bad" and "too slow" in str(failed.error)
     assert sum(len(output.tokens) for output in outputs if output.request_id == "good") == 12
+    engine.assert_empty()
+
+
+def test_a_compiler_that_panics_ends_its_request_only(
+    engine: TinyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As Rust's are in Python."""
+
+    def panics(self: constraint.Constraint, token: int) -> torch.Tensor:
+        raise Panic("index out of bounds: the length is 3")
+
+    monkeypatch.setattr(constraint.Constraint, "_advance", panics)
+    engine.submit("bad", make_prompt(70), asked(regex_grammar("[a-z]{30}")))
+    engine.submit("good", make_prompt(70), greedy(4))
+    outputs: list[TokenOutput] = []
+    while engine.engine.has_work:
+        outputs += engine.step()
+    (failed,) = [output for output in outputs if output.error]
+    assert failed.request_id == "bad" and "index" not in str(failed.error)
+    assert sum(len(output.tokens) for output in outputs if output.request_id == "good") == 4
     engine.assert_empty()
 
 

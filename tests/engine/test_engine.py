@@ -8,6 +8,7 @@ import torch
 
 from engine.messages import FinishReason, Sampling, Submit
 from engine.scheduler import Batch, ChunkPlan
+from engine.sequence import Sequence
 from tests.tiny import TinyEngine, greedy, make_prompt, plan, tiny_engine, tiny_model
 
 SPARSE = {"method": "minference", "chunk": 128, "vertical": 40, "slash": 100}
@@ -282,6 +283,27 @@ def test_a_step_that_fails_loses_its_requests_and_nothing_else(
     assert "ZeroDivision" not in str(output.error), "clients learn no internals"
     tiny.assert_empty()
     assert tiny.answer(prompt) == before
+
+
+def test_who_ended_before_a_step_failed_is_told_and_choices_fail_together(
+    network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    should_stop = Sequence.should_stop
+
+    def fails(sequence: Sequence) -> FinishReason | None:
+        return should_stop(sequence) if sequence.request_id != "victim" else FinishReason(1 / 0)
+
+    tiny = all_plans(network)
+    tiny.submit("done", make_prompt(20), greedy(1))
+    tiny.submit("victim", make_prompt(20, seed=1), greedy(5), choices=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sequence, "should_stop", fails)
+        outputs = tiny.step()
+    ends = [(output.request_id, output.choice, output.finish_reason) for output in outputs]
+    failed = [("victim", choice, FinishReason.ERROR) for choice in range(3)]
+    assert ends == [("done", 0, FinishReason.LENGTH), *failed]
+    assert len(outputs[0].tokens) == 1 and not tiny.engine.has_work
+    tiny.assert_empty()
 
 
 def test_after_a_hundred_mixed_requests_a_third_aborted_every_page_is_free(network: torch.nn.Module) -> None:

@@ -1,6 +1,8 @@
 """EngineClient while its engines die: what is replayed, what is given up, and what readers are told."""
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
@@ -189,3 +191,19 @@ async def test_a_server_that_leaves_starts_no_other_engine(served: Served) -> No
         await until(lambda: not served.client.is_ready)
         await served.client.stop()
     assert len(served.children) == 2
+
+
+@with_client()
+async def test_a_server_that_leaves_as_the_pause_ends_starts_no_other_engine(served: Served) -> None:
+    client = served.client
+
+    async def both_at_once(waiting: Coroutine[Any, Any, bool], seconds: float) -> None:
+        waiting.close()
+        client._leaving.set()
+        raise TimeoutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_client.asyncio, "wait_for", both_at_once)
+        served.engine.die()
+        await until(lambda: client.death is not None or len(served.children) > 1)
+    assert len(served.children) == 1

@@ -1,6 +1,5 @@
 """Engines whose pages hold codes: near what full pages give, and the same however a prompt is computed."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,7 +72,7 @@ def test_every_policy_and_decode_method_sees_what_codes_mean(
     reads = {"method": decode, **({"read": 96, "sink": 16, "window": 16} if decode == "quest" else {})}
     made = plan("p", kv={"policy": policy, **POLICIES.get(policy, {})}, decode=reads)
     prompt, forced = make_prompt(330), make_prompt(12, seed=5)
-    kernels = replace(kernels_for(torch.device("cpu")), store=rounded)
+    kernels = kernels_for(torch.device("cpu")).with_kernel("moves.store", rounded)
     want = forced_logits(tiny_engine(made, network=network, kernels=kernels), prompt, forced)
     tiny = tiny_engine(made, network=network, cache_dtype="int8")
     torch.testing.assert_close(forced_logits(tiny, prompt, forced), want, atol=1e-3, rtol=1e-3)

@@ -14,8 +14,9 @@ from engine.models import prepare_model
 from tests.tiny import TinyEngine, greedy, hf_greedy, plan, tiny_engine
 
 TEXT = Path(__file__).parent.parent.parent / "examples" / "texts" / "pride-and-prejudice.txt"
-LENGTHS = (32, 150, 500, 1100, 4000)
-NEW_TOKENS = 64
+LENGTHS = (32, 150, 500, 1100, 2300)  # together more than one step takes, the last more than one chunk
+NEW_TOKENS = 48
+STEP_TOKENS = 2048
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
@@ -47,7 +48,14 @@ def engine(network: Any, expected: list[list[int]]) -> TinyEngine:
     """Made after HuggingFace has answered: both use one copy of the weights."""
     speed_up_decode(network)  # as `farspan serve` does
     chunked = plan("chunked", prefill={"chunk": 256})
-    return tiny_engine(plan("dense"), chunked, network=network, num_pages=12_000, max_length=4200)
+    return tiny_engine(
+        plan("dense"),
+        chunked,
+        network=network,
+        num_pages=9_000,
+        max_length=2400,
+        max_num_batched_tokens=STEP_TOKENS,
+    )
 
 
 def test_alone_the_tokens_are_huggingfaces(

@@ -28,6 +28,12 @@ def test_temperature_sharpens_and_zero_is_greedy() -> None:
     assert draw(logits, 2000, temperature=0.3)[1] > draw(logits, 2000, temperature=1.0)[1]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
+    rows = [SampledRow(Sampling(max_tokens=1, temperature=temperature, seed=seed), 5) for seed in range(4)]
+    assert sample(torch.tensor([[1.0, 3.0, 4.9999, 5.0]]).expand(4, -1), rows) == [3] * 4
+
+
 def test_top_k_and_top_p_leave_only_what_they_allow() -> None:
     logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
     assert (draw(logits, 2000, top_k=2) > 0).tolist() == [True, True, False, False, False]

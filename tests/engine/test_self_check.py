@@ -1,7 +1,7 @@
 """A kernel that errs or fails on this device is replaced by torch, alone, and the log names it."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,9 +18,11 @@ from kvcache.pool import PagePool
 from kvcache.quest import best_units
 from sparse.antidiagonals import antidiagonal_mass
 from sparse.attention import Attended, attend
+from sparse.base import KeyView
+from sparse.descent import pruned_pieces
 from sparse.estimator import Estimate, estimate
 from sparse.lines import LineLists, line_lists
-from sparse.page_scores import log_energy, mean_pages
+from sparse.page_scores import log_energy, mean_pages, pool_pages
 
 CPU = torch.device("cpu")
 MODEL = ModelInfo("tiny", 3, 6, 2, 16, vocab_size=100, max_length=4096)
@@ -67,6 +69,14 @@ def of_diagonals(q: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return antidiagonal_mass(q.flip(1), *arguments, **options)
 
 
+def of_other_queries(q: Tensor, *arguments: Any) -> Tensor:
+    return pruned_pieces(q.roll(1, dims=2), *arguments)
+
+
+def still_rotated(keys: KeyView, num_tokens: int, rotation: object) -> Tensor:
+    return pool_pages(keys, num_tokens, None)
+
+
 def does_not_compile(*arguments: Any) -> None:
     raise RuntimeError("ptxas died\nwith a long story")
 
@@ -74,32 +84,34 @@ def does_not_compile(*arguments: Any) -> None:
 WRONG: dict[str, Callable[..., Any]] = {
     "attend": almost,
     "attend_rows": not_a_number,
-    "estimate": off_by_one,
-    "store": keys_only,
-    "move_kept": does_not_compile,
+    "index.estimate": off_by_one,
+    "moves.store": keys_only,
+    "moves.move_kept": does_not_compile,
     "best_units": the_next_ones,
-    "line_lists": own_page_alone,
-    "mean_pages": means_of_keys,
-    "log_energy": of_half_the_rows,
-    "antidiagonal_mass": of_diagonals,
+    "index.line_lists": own_page_alone,
+    "index.mean_pages": means_of_keys,
+    "index.log_energy": of_half_the_rows,
+    "index.antidiagonal_mass": of_diagonals,
+    "index.pruned_pieces": of_other_queries,
+    "index.pool_pages": still_rotated,
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_is_replaced_and_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    kernels = checked(replace(Kernels(), **{name: WRONG[name]}), MODEL, torch.float32, CPU)
+    kernels = checked(Kernels().with_kernel(name, WRONG[name]), MODEL, torch.float32, CPU)
     assert kernels == Kernels()
     [record] = caplog.records
     assert f"kernel {name} is not used on cpu, torch serves in its place" in record.getMessage()
 
 
 def test_the_reason_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    checked(replace(Kernels(), move_kept=does_not_compile), MODEL, torch.float32, CPU)
+    checked(Kernels().with_kernel("moves.move_kept", does_not_compile), MODEL, torch.float32, CPU)
     assert caplog.records[0].getMessage().endswith("RuntimeError: ptxas died")
 
 
 def test_right_kernels_stay_beside_a_wrong_one(caplog: pytest.LogCaptureFixture) -> None:
-    mine = replace(kernels_for(CPU), store=keys_only)
+    mine = kernels_for(CPU).with_kernel("moves.store", keys_only)
     assert checked(mine, MODEL, torch.float32, CPU) == kernels_for(CPU)
     assert len(caplog.records) == 1
 
@@ -122,4 +134,7 @@ def test_windows_of_the_model_are_tried() -> None:
 
 
 def test_every_kernel_is_tried() -> None:
-    assert set(self_check.TRIALS) == set(Kernels.__dataclass_fields__)
+    kernels = Kernels()
+    groups = [name for name in Kernels.__dataclass_fields__ if is_dataclass(getattr(kernels, name))]
+    grouped = {f"{group}.{name}" for group in groups for name in getattr(kernels, group).__dataclass_fields__}
+    assert set(self_check.TRIALS) == (set(Kernels.__dataclass_fields__) - set(groups)) | grouped

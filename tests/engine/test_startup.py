@@ -1,6 +1,5 @@
 """Resolving a configuration, sizing the cache, and the refusals that need no process."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from engine.attention_timing import AttentionTimer, Times
 from engine.kernels import Kernels
 from engine.linear import FewTokensLinear
 from engine.models import end_tokens, prepare_model
+from engine.self_check import TRIALS
 from engine.startup import host_sizes, load, resolve
 from tests.tiny import save_tiny
 
@@ -63,14 +63,14 @@ def test_what_cannot_be_served_is_refused_before_weights_load(
     assert words in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", Kernels.__dataclass_fields__)
+@pytest.mark.parametrize("name", TRIALS)
 def test_a_server_starts_without_a_kernel_that_fails_here(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(startup, "kernels_for", lambda *asked: replace(Kernels(), **{name: broken}))
+    monkeypatch.setattr(startup, "kernels_for", lambda *asked: Kernels().with_kernel(name, broken))
     load(resolve(config(folder, plans=["minference-snapkv"])))  # warms up with a request of its own
     assert f"kernel {name} is not used on cpu" in caplog.text
 

@@ -79,7 +79,7 @@ def expect(rows: Rows, features: Features = NO_FEATURES) -> tuple[Tensor, Tensor
 
 def split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device with many multiprocessors, down to single pages, and merged a few at a time."""
-    monkeypatch.setattr(triton_decode, "_num_processors", lambda device: 40)
+    monkeypatch.setattr(triton_decode, "num_processors", lambda device: 40)
     monkeypatch.setattr(triton_decode, "LEAST_PAGES", 1)
     monkeypatch.setattr(triton_decode, "MERGED_AT_ONCE", 4)
 

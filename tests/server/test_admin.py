@@ -67,6 +67,21 @@ def test_a_drained_server_ends_what_is_open_and_takes_nothing_new(folder: Path, 
         assert events(httpx.post(url + CHAT, json=chat_body(stream=True), timeout=PATIENCE).text)
 
 
+def test_a_full_server_can_be_looked_at_and_drained(folder: Path, file: Path) -> None:
+    engine = FakeEngine(then(say(5), None))
+    limits = {"max_open_requests": 1, "max_requests_per_key": 1}
+    with http_server(engine, folder, api_keys=(KEY,), admin_key_file=file, **limits) as url:
+        body, headers = chat_body(stream=True), with_key(KEY)
+        with httpx.stream("POST", url + CHAT, json=body, headers=headers, timeout=PATIENCE) as open_stream:
+            parts = open_stream.iter_text()
+            next(parts)
+            assert httpx.post(url + CHAT, json=chat_body(), headers=with_key(ADMIN)).status_code == 503
+            for path in ("/metrics", "/stats", "/v1/models"):
+                assert httpx.get(url + path, headers=headers).status_code == 200, path
+            drained = httpx.post(f"{url}/admin/drain", headers=with_key(ADMIN))
+            assert drained.json() == {"draining": True, "open_requests": 1}
+
+
 def test_the_prefix_cache_is_cleared_for_the_admin_key_only(folder: Path, file: Path) -> None:
     engine = FakeEngine(say(5))
     with http_server(engine, folder, api_keys=(KEY,), admin_key_file=file) as url:

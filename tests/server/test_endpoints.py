@@ -1,5 +1,6 @@
 """What clients look up: models, plans, the version, and text as token ids and back."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,19 @@ def test_a_text_becomes_token_ids_and_text_again(client: httpx.Client, tokenizer
     assert reply["max_model_len"] == CONTEXT
     assert len(reply["token_strs"]) == len(tokens) and "<|im_end|>" in reply["token_strs"]
     assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": text}
+
+
+def test_tokens_are_spelled_out_beside_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spelled(self: Tokenizer, token: int) -> str:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return "spelled"
+
+    monkeypatch.setattr(Tokenizer, "token_string", spelled)
+    reply = client.post("/tokenize", json={"prompt": "f", "return_token_strs": True})
+    assert reply.json()["token_strs"] == ["spelled"]
 
 
 def test_a_chat_becomes_the_token_ids_that_the_model_would_get(

@@ -1,6 +1,7 @@
 """What /metrics shows is what happened, under the names that dashboards know."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -10,8 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import StepFailed
-from engine.messages import FinishReason, LayerRun, Outputs, Stats, TokenOutput
-from server.metrics import OF_VLLM, Metrics
+from engine.messages import FinishReason, LayerRun, Outputs, Sampling, Stats, Submit, TokenOutput
+from server.metrics import Metrics
+from server.prepare import Job
+from server.series import OF_VLLM
 from tests.server.builders import (
     MODEL,
     PATIENCE,
@@ -22,7 +25,6 @@ from tests.server.builders import (
     http_server,
     say,
     then,
-    until,
 )
 
 CHAT = "/v1/chat/completions"
@@ -193,9 +195,29 @@ def test_refusals_for_lack_of_room_are_counted_by_reason(folder: Path) -> None:
             next(parts)
             assert httpx.post(url + CHAT, json=chat_body(), timeout=PATIENCE).status_code == 503
         assert engine.abort_heard.wait(PATIENCE)
-        until(lambda: httpx.get(f"{url}/metrics").status_code == 200)
         found = samples(httpx.get(f"{url}/metrics").text)
     assert found["farspan:admission_rejections_total{reason=open_requests}"] >= 1
+
+
+def test_times_between_tokens_are_those_of_each_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, now = FakeEngine(say(5)), 0.0
+    monkeypatch.setattr("server.meter.time", SimpleNamespace(monotonic=lambda: now, time=lambda: now))
+    submit = Submit("a", (1, 2), 2, "sparse", Sampling(max_tokens=9), choices=2)
+    metrics = Metrics(MODEL, engine)
+    meter = metrics.open(Job(submit, (), engine.card.plans[0], arrived=0.0))
+    for now in (1.0, 2.0, 3.0):  # noqa: B007  the clock reads it
+        for choice in range(2):
+            meter.tokens(1, None, choice)
+    now = 9.0
+    meter.tokens(2, None, 1)
+    meter.close(FinishReason.LENGTH)
+    found = samples(metrics.exposition().decode())
+    assert found["farspan:time_to_first_token_seconds_sum"] == 1.0
+    assert found["farspan:inter_token_latency_seconds_count"] == 6
+    assert found["farspan:inter_token_latency_seconds_sum"] == 2 + 2 + 6
+    assert found["farspan:request_time_per_output_token_seconds_sum"] == pytest.approx(10 / 6)
+    assert found["farspan:request_decode_time_seconds_sum"] == 8.0
+    assert found["farspan:request_generation_tokens_sum"] == 8
 
 
 def test_the_times_of_a_request_add_up(folder: Path) -> None:

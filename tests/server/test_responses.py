@@ -171,6 +171,8 @@ def test_a_stream_that_fails_says_so(running: Running, client: openai.OpenAI) ->
             400,
             "text.format",
         ),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, 400, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, 400, "text.format"),
         ({"tempo": 1}, 400, "tempo"),
     ],
 )

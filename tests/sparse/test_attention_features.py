@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs import native
 from configs.features import Features
-from engine.kernels import Attend
+from sparse.attention import Attend
 from sparse.attention import attend as attend_in_torch
 from sparse.kernels import cpu
 from sparse.selection import dense

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparse.hip
+import sparse.descent
 from configs.descent import descend
 from kvcache.state import StateRegistry
 from sparse.descent import mean_queries, probed_scores, tabled_scores
@@ -91,8 +91,8 @@ def test_units_are_those_of_the_published_funnel(
     read_cost: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sparse.hip, "READ_COST", read_cost)
-    monkeypatch.setattr(sparse.hip, "SCORE_ELEMS", 1 << 18)  # a few blocks at a time
+    monkeypatch.setattr(sparse.descent, "READ_COST", read_cost)
+    monkeypatch.setattr(sparse.descent, "SCORE_ELEMS", 1 << 18)  # a few blocks at a time
     method = HiP(widths, keep, strides, shared_by, sink=64, window=128, last_rows_dense=0)
     method.attach(make_model(), Path("."), StateRegistry())
     q, k = whole_numbers(start, 768, 4, 2)

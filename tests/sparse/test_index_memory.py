@@ -12,26 +12,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.model import PAGE_SIZE, ModelInfo
+from engine.rope import Rotation
 from kvcache.state import StateRegistry
 from sparse.base import Chunk, PrefillMethod
 from sparse.flashprefill import FlashPrefill
 from sparse.flexprefill import FlexPrefill
+from sparse.gate_files import Gate
+from sparse.hip import HiP
 from sparse.index import Index
 from sparse.mean_pool import MeanPool
 from sparse.minference import MInference
+from sparse.seerattention import SeerAttention
 from sparse.xattention import XAttention
 from tests.sparse.builders import PagedKeys
 
 pytest.importorskip("triton")
 from sparse.kernels import (
     triton_antidiagonals,
+    triton_descent,
     triton_energy,
     triton_estimator,
     triton_lines,
     triton_means,
+    triton_pooled,
 )
 
-KERNELS = (triton_antidiagonals, triton_energy, triton_estimator, triton_lines, triton_means)
+KERNELS = (
+    triton_antidiagonals,
+    triton_descent,
+    triton_energy,
+    triton_estimator,
+    triton_lines,
+    triton_means,
+    triton_pooled,
+)
 MILLION = 1 << 20
 MODEL = ModelInfo("large", 32, 32, 8, 128, vocab_size=100, max_length=MILLION)
 KV_BYTES = 2 * MODEL.num_layers * MODEL.num_kv_heads * MILLION * MODEL.head_dim * 2  # 2 bytes a number
@@ -73,7 +87,7 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in KERNELS:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoLaunch())
-    monkeypatch.setattr(triton_estimator, "_num_processors", lambda device: 132)
+    monkeypatch.setattr(triton_estimator, "num_processors", lambda device: 132)
 
 
 def a_million_tokens(length: int) -> tuple[torch.Tensor, PagedKeys, Chunk]:
@@ -93,6 +107,8 @@ INDEXES = {
         triton_means.mean_pages,
         triton_energy.log_energy,
         triton_antidiagonals.antidiagonal_mass,
+        triton_descent.pruned_pieces,
+        triton_pooled.pool_pages,
     ),
     "lists by torch": Index(triton_estimator.estimate),
 }
@@ -116,16 +132,29 @@ def test_columns_and_diagonals_take_less_than_a_hundredth_of_the_cache(
         FlexPrefill(),
         MInference(pattern="block_sparse"),
         MInference(pattern="a_shape"),
+        HiP(),
+        HiP(shared_by="group"),
     ],
-    ids=lambda method: f"{type(method).__name__}-{getattr(method, 'pattern', '')}",
+    ids=lambda method: (
+        f"{type(method).__name__}-{getattr(method, 'pattern', getattr(method, 'shared_by', ''))}"
+    ),
 )
 def test_pages_take_as_little_in_chunks_of_the_shipped_plans(method: PrefillMethod) -> None:
     expect_little_held(method, 2048, INDEXES["kernels"])
 
 
+def test_gates_take_as_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = MODEL.head_dim
+    weights = (torch.empty(heads, n * size, size, device="meta") for heads, n in ((8, 3), (32, 1)))
+    monkeypatch.setattr("sparse.seerattention.read_gates", lambda *arguments: [Gate(*weights)])
+    expect_little_held(SeerAttention(Path("gates")), 2048, INDEXES["kernels"])
+
+
 def expect_little_held(method: PrefillMethod, length: int, index: Index) -> None:
     method.attach(MODEL, Path(), StateRegistry())
     q, keys, chunk = a_million_tokens(length)
+    rotation = Rotation(torch.empty(MODEL.head_dim // 2, device="meta"), 1.0, interleaved=False)
+    chunk = replace(chunk, pre_rope=lambda: (q, q), rotation=rotation)
     with Held() as held:
         method.select(0, q, keys, replace(chunk, index=index), scale=0.1)
     assert 0 < held.peak < KV_BYTES / 100

@@ -8,7 +8,7 @@ import torch
 from configs import native
 from configs.features import NO_FEATURES, Features
 from configs.quantised import FP8, INT8
-from engine.kernels import Attend
+from sparse.attention import Attend
 from sparse.attention import attend as attend_in_torch
 from sparse.estimator import estimate
 from sparse.kernels import cpu

@@ -17,8 +17,9 @@ from engine.rope import Rotation
 from kvcache.state import StateRegistry
 from sparse.attention import attend
 from sparse.base import Chunk
+from sparse.page_scores import pooled_keys
 from sparse.recall import causal_cells, read_cells
-from sparse.seerattention import SeerAttention, pooled_keys
+from sparse.seerattention import SeerAttention
 from sparse.selection import dense
 from tests.sparse.builders import PagedKeys, make_chunk, make_keys, make_model, make_qkv, selected_mask
 from tests.tiny import plan
@@ -184,7 +185,7 @@ def test_even_weights_over_many_pages_leave_no_row_without_keys(tmp_path: Path) 
 def test_pooling_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     k = torch.randn(2, 5, 64, D, generator=torch.Generator().manual_seed(0))
     whole = pooled_keys(k, 300, ROPE)
-    monkeypatch.setattr("sparse.seerattention.SCORE_ELEMS", 2 * 2 * 64 * D)  # two pages at once
+    monkeypatch.setattr("sparse.page_scores.SCORE_ELEMS", 2 * 2 * 64 * D)  # two pages at once
     assert torch.equal(pooled_keys(k, 300, ROPE), whole)
 
 

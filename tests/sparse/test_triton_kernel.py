@@ -6,7 +6,8 @@ from tests.triton_cases import run_cases
 
 pytest.importorskip("triton")
 CASES = tuple(
-    f"tests/sparse/triton_{kernel}_cases.py" for kernel in ("attention", "estimator", "lines", "page")
+    f"tests/sparse/triton_{kernel}_cases.py"
+    for kernel in ("attention", "descent", "estimator", "lines", "page")
 )
 
 

@@ -63,7 +63,7 @@ def test_sums_out_and_lse_are_those_of_the_twin(
     processors: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(triton_estimator, "_num_processors", lambda device: processors)
+    monkeypatch.setattr(triton_estimator, "num_processors", lambda device: processors)
     q, k, v = make_qkv(first, num_rows, num_heads, num_kv_heads)
     keys = make_keys(k, v)
     expect(run(q, first, keys), q, first, keys)

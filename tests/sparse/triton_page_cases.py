@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from configs.quantised import INT8
+from engine.rope import Rotation
 from sparse.antidiagonals import antidiagonal_mass
-from sparse.kernels import triton_antidiagonals, triton_energy, triton_means
+from sparse.kernels import triton_antidiagonals, triton_energy, triton_means, triton_pooled
 from sparse.page_rules import visible_pages
-from sparse.page_scores import block_pages, log_energy, mean_pages
+from sparse.page_scores import block_pages, log_energy, mean_pages, pool_pages
 from tests.sparse.builders import PagedKeys, make_chunk, make_keys, make_qkv
 
 # the interpreter of Triton 3.6, over loop bounds that a kernel has loaded
@@ -54,6 +55,46 @@ def test_means_of_codes_are_those_of_what_they_mean_and_dropped_pages_have_none(
     want = mean_pages(codes, 150)
     want[1, 1] = 0
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+def make_rotation(size: int, interleaved: bool = False) -> Rotation:
+    return Rotation((1e4 ** (-torch.arange(0, size, 2) / size)).to(DEVICE), 1.2, interleaved)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "head_dim", "dtype", "rotation"),
+    [
+        (1, 16, torch.float32, make_rotation(16)),
+        (63, 16, torch.float32, None),
+        (64, 80, torch.float16, make_rotation(40)),
+        (65, 64, torch.bfloat16, make_rotation(64, interleaved=True)),
+        (330, 16, torch.float32, make_rotation(8, interleaved=True)),
+    ],
+)
+def test_pooled_keys_are_those_of_the_twin(
+    num_tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    rotation: Rotation | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_pooled, "ANGLES", 2 * 64 * 8)  # of 16 dimensions, two pages a launch
+    k, v = (x.to(dtype) for x in make_qkv(0, num_tokens, 2, 2, head_dim)[1:])
+    keys = on_device(make_keys(k, v))
+    got = triton_pooled.pool_pages(keys, num_tokens, rotation)
+    assert got.dtype == torch.float32
+    want = pool_pages(keys, num_tokens, rotation)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)  # turned and summed in fp32
+
+
+def test_pooled_keys_of_codes_are_those_of_what_they_mean_and_of_dropped_pages_zeros() -> None:
+    _, k, v = make_qkv(0, 150, 2, 2)
+    codes = on_device(make_keys(k, v).quantised(INT8))
+    codes.pages[1, 1] = -1
+    rotation = make_rotation(16)
+    want = pool_pages(codes, 150, rotation)
+    want[1, 1] = 0
+    torch.testing.assert_close(triton_pooled.pool_pages(codes, 150, rotation), want, atol=1e-6, rtol=1e-5)
 
 
 def expect_energy(q: Tensor, mean_k: Tensor, start: int) -> None:
