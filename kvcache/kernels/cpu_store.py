@@ -58,7 +58,3 @@ def store(pool: PagePool, k: Tensor, v: Tensor, destinations: Tensor) -> None:
     kernels = library(SOURCE)
     assert kernels is not None, "ask is_available() first"
     kernels.farspan_store(ctypes.byref(call))
-
-
-if __name__ == "__main__":
-    print("Storing codes on CPU:", "compiled" if is_available() else "by torch")

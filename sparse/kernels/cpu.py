@@ -162,7 +162,3 @@ def _plain(lists: BlockLists, num_lists: int, num_blocks: int) -> BlockLists:
 
 def _pointers(lists: BlockLists) -> _Lists:
     return _Lists(lists.starts.data_ptr(), lists.counts.data_ptr(), lists.indices.data_ptr(), lists.unit)
-
-
-if __name__ == "__main__":
-    print("Prefill attention on CPU:", "compiled" if is_available() else "by torch")

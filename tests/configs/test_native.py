@@ -65,3 +65,15 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("FARSPAN_CACHE", str(tmp_path / "file"))
     with pytest.raises(native.BuildError, match="file"):
         native.load_library(make_source(tmp_path, "1"))
+
+
+def test_setup_builds_every_source_of_ours() -> None:
+    root = Path(__file__).parents[2]
+    (line,) = (line for line in (root / "Makefile").read_text().splitlines() if "-m configs.native" in line)
+    built = {path for word in line.split() if word.endswith(".cpp") for path in root.glob(word)}
+    there = {
+        path
+        for package in ("configs", "engine", "kvcache", "sparse")
+        for path in (root / package).rglob("*.cpp")
+    }
+    assert built == there and there
