@@ -37,7 +37,6 @@ QUALITY = {
     "top1_decode": "top-1 dec",
     "perplexity_prefill": "ppl pre",
     "perplexity_decode": "ppl dec",
-    "seconds": "s",
     "gate": "gate",
 }
 SPEED = {

@@ -160,8 +160,8 @@ def test_decode_compares_what_is_held_read_and_batched(tmp_path: Path, model: Pa
     flags = ("--scale", "16", "--steps", "3", "--rounds", "1")
     rows = run(decode.main, "decode", tmp_path, model, *flags)["rows"]
     found = {one: [row for row in rows if row["comparison"] == one] for one in ("huggingface", "batch")}
-    found |= {one: [row for row in rows if row["comparison"] == one] for one in ("quest", "kept")}
-    assert [len(cases) for cases in found.values()] == [4, 2, 2, 2] and len(rows) == 10
+    found |= {one: [row for row in rows if row["comparison"] == one] for one in ("quest", "kept", "layers")}
+    assert [len(cases) for cases in found.values()] == [4, 2, 2, 2, 2] and len(rows) == 12
     assert [row["candidate"] for row in found["quest"]] == ["full", "quest:decode.read=128"]
     assert [row["batch"] for row in found["batch"]] == [1, 8]
     for base, *others in found.values():
