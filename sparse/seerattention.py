@@ -86,13 +86,21 @@ def gate_scores(
 
     Pieces of text may stand side by side, as a first axis of all three.
     """
-    num_heads, num_kv_heads, head_dim = mean_q.shape[-3], pooled_k.shape[-3], mean_q.shape[-1]
-    if gate.k.shape[0] == num_heads:
-        pooled_k = pooled_k.repeat_interleave(num_heads // num_kv_heads, -3)
-    k = pooled_k @ gate.k  # [H, P, D]
+    num_heads, head_dim = mean_q.shape[-3], mean_q.shape[-1]
+    k = _gate_keys(gate.k, pooled_k)
     q = mean_q.float() if gate.q is None else mean_q.float() @ gate.q
     if rotation is not None:
         starts = PAGE_SIZE * torch.arange(k.shape[-2], device=k.device)
         q, k = rotation.apply(q, PAGE_SIZE * block_page), rotation.apply(k, starts)
     k = k.repeat_interleave(num_heads // k.shape[-3], -3)
     return q @ k.mT / float(head_dim**0.5)
+
+
+def _gate_keys(weights: Tensor, pooled_k: Tensor) -> Tensor:
+    """[H, P, D] of weights [H, 3 D, D], by KV head or by query head; for the latter nothing is repeated."""
+    num_kv_heads = pooled_k.shape[-3]
+    if weights.shape[0] == num_kv_heads:
+        return pooled_k @ weights
+    grouped = weights.view(num_kv_heads, -1, *weights.shape[1:])  # [Hkv, G, 3 D, D]
+    k = pooled_k @ grouped.transpose(1, 2).flatten(2)  # [Hkv, P, G * D]
+    return k.view(*k.shape[:-1], -1, weights.shape[2]).transpose(-3, -2).flatten(-4, -3)

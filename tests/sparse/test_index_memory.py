@@ -143,10 +143,12 @@ def test_pages_take_as_little_in_chunks_of_the_shipped_plans(method: PrefillMeth
     expect_little_held(method, 2048, INDEXES["kernels"])
 
 
-def test_gates_take_as_little(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heads", [8, 32])
+def test_gates_take_as_little(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate for each KV head, with weights of queries, and for each query head."""
     size = MODEL.head_dim
-    weights = (torch.empty(heads, n * size, size, device="meta") for heads, n in ((8, 3), (32, 1)))
-    monkeypatch.setattr("sparse.seerattention.read_gates", lambda *arguments: [Gate(*weights)])
+    k, q = (torch.empty(number, n * size, size, device="meta") for number, n in ((heads, 3), (32, 1)))
+    monkeypatch.setattr("sparse.seerattention.read_gates", lambda *_: [Gate(k, q if heads == 8 else None)])
     expect_little_held(SeerAttention(Path("gates")), 2048, INDEXES["kernels"])
 
 
