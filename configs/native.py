@@ -1,6 +1,6 @@
 """Compiling a C++ source of ours once per machine: for this processor and torch, kept in the user's cache.
 
-    python -m configs.native */*.cpp */*/*.cpp    # now rather than at the first start
+python -m configs.native */*.cpp */*/*.cpp    # now rather than at the first start
 """
 
 import ctypes
