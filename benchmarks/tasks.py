@@ -15,9 +15,8 @@ CITIES = (
     *("Havana", "Geneva", "Prague", "Delhi", "Milan", "Denver", "Seattle", "Quebec", "Naples", "Venice"),
 )
 Chat = Callable[[str], tuple[list[int], list[int]]]  # a question -> tokens before and after the document
-APART = (
-    4096  # tokens from a passage to its repeat, at most: SmolLM2 copies nothing over 7,000, not even dense
-)
+# Tokens from a passage to its repeat, at most: over 7,000, SmolLM2 copies nothing, even where all is read.
+APART = 4096
 CUE = 16  # first tokens of a repeated passage: nobody can know yet that it comes again
 
 

@@ -1,6 +1,8 @@
 """Compiling a C++ source of ours once per machine: for this processor and torch, kept in the user's cache.
 
-python -m configs.native */*.cpp */*/*.cpp    # now rather than at the first start
+    python -m configs.native engine/*.cpp
+
+compiles now what the first start would.
 """
 
 import ctypes
@@ -157,6 +159,7 @@ def processor() -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Compile these sources; one that cannot be is no failure, for torch serves in its place."""
     for argument in arguments:
         source = Path(argument).absolute()
         print(f"{argument}: {'compiled' if library(source) else 'torch serves in its place'}")

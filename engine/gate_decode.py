@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
-from engine.gate_features import Features, Recorder, Weights
+from engine.gate_features import Features, Recorder, Weights, mean_key_weights
 from engine.rope import Rotation
 from kvcache.seerattention_r import DecodeGate, gate_keys, gate_queries, write_decode_gates
-from sparse.base import Chunk, KeyView, StateRegistry
+from sparse.base import Chunk, KeyView
 from sparse.page_scores import key_pages, pooled_keys
 from sparse.selection import Selection, dense
 
@@ -27,8 +27,7 @@ class DecodeGates:
         num_heads, size = features.k.shape[1], features.k.shape[3] // 3
         group = features.q.shape[3] // size
         own = torch.eye(size, device=features.q.device)
-        k = torch.cat((torch.zeros(2 * size, size, device=own.device), own))
-        return Weights(k.repeat(num_heads, 1, 1), own.div(group).repeat(num_heads, group, 1))
+        return Weights(mean_key_weights(features), own.div(group).repeat(num_heads, group, 1))
 
     def scores(self, weights: Weights, features: Features, rotation: Rotation | None) -> Tensor:
         gate, num_pages = DecodeGate(weights.q, weights.k, None, None), features.k.shape[-2]
@@ -55,25 +54,11 @@ def judged_rows(length: int) -> Tensor:
     return first + drawn[:ROWS].sort().values
 
 
-class _Recorder:
-    grid = False
-    last_rows = 0
-
+class _Recorder(Recorder):
     def __init__(self, model: ModelInfo, length: int, device: torch.device) -> None:
         self._rows = judged_rows(length).to(device)
-        heads, rows, pages = model.num_kv_heads, len(self._rows), length // PAGE_SIZE
-        shapes = {
-            "q": (heads, rows, model.group_size * model.head_dim),
-            "k": (heads, pages, 3 * model.head_dim),
-            "top": (heads, rows, pages),
-            "mass": (heads, rows, pages),
-        }
-        self.found = Features(
-            **{name: torch.zeros(model.num_layers, *shape, device=device) for name, shape in shapes.items()}
-        )
-
-    def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
-        """Nothing to read and no state."""
+        sizes = {"rows": len(self._rows), "seen": model.group_size * model.head_dim}
+        super().__init__(model, length, heads=model.num_kv_heads, **sizes, device=device)
 
     def select(self, layer: int, q: Tensor, keys: KeyView, chunk: Chunk, *, scale: float) -> Selection:
         num_tokens = chunk.start + chunk.length

@@ -31,6 +31,7 @@ from engine.self_check import checked
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
 from sparse.base import PrefillMethod
+from sparse.base import StateRegistry as States
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,29 @@ class Features:
         return cls(**{name: torch.stack(tensors).to(device).float() for name, tensors in found.items()})
 
 
-class Recorder(PrefillMethod, Protocol):
+class Recorder(PrefillMethod):
     """Reads everything, and keeps what a gate would see and what it should say."""
 
-    found: Features  # of one piece, in every layer
+    grid = False
+    last_rows = 0
+
+    def __init__(
+        self, model: ModelInfo, length: int, *, heads: int, rows: int, seen: int, device: torch.device
+    ) -> None:
+        """For one piece of `length` tokens: gates of so many heads see `seen` numbers of each row."""
+        pages = length // PAGE_SIZE
+        shapes = {
+            "q": (heads, rows, seen),
+            "k": (model.num_kv_heads, pages, 3 * model.head_dim),
+            "top": (heads, rows, pages),
+            "mass": (heads, rows, pages),
+        }
+        self.found = Features(  # in every layer
+            **{name: torch.zeros(model.num_layers, *shape, device=device) for name, shape in shapes.items()}
+        )
+
+    def attach(self, model: ModelInfo, files: Path, states: States) -> None:
+        """Nothing to read and no state."""
 
 
 class Weights(NamedTuple):
@@ -70,6 +90,13 @@ class Weights(NamedTuple):
 
     k: Tensor  # [H, 3 D, D] of pooled keys
     q: Tensor  # [H, E, D] of queries
+
+
+def mean_key_weights(features: Features) -> Tensor:
+    """[Hkv, 3 D, D] that take the mean key of a page as it is."""
+    size = features.k.shape[-1] // 3
+    own = torch.eye(size, device=features.k.device)
+    return torch.cat((own.new_zeros(2 * size, size), own)).repeat(features.k.shape[-3], 1, 1)
 
 
 class GateKind(Protocol):

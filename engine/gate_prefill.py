@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from configs.model import PAGE_SIZE, ModelInfo
-from engine.gate_features import Features, Recorder, Weights
+from engine.gate_features import Features, Recorder, Weights, mean_key_weights
 from engine.rope import Rotation
-from sparse.base import Chunk, KeyView, StateRegistry
+from sparse.base import Chunk, KeyView
 from sparse.gate_files import Gate, write_gates
 from sparse.page_scores import key_pages, pooled_keys
 from sparse.pattern_masks import page_means
@@ -21,13 +21,13 @@ class PrefillGates:
     """Rows are pages of queries, by their means; the features hold all of them."""
 
     def recorder(self, model: ModelInfo, length: int, device: torch.device) -> Recorder:
-        return _Recorder(model, length, device)
+        heads, rows = model.num_query_heads, length // PAGE_SIZE
+        return _Recorder(model, length, heads=heads, rows=rows, seen=model.head_dim, device=device)
 
     def start(self, features: Features) -> Weights:
         num_heads, size = features.q.shape[1], features.q.shape[3]
         own = torch.eye(size, device=features.q.device)
-        k = torch.cat((torch.zeros(2 * size, size, device=own.device), own))
-        return Weights(k.repeat(features.k.shape[1], 1, 1), own.repeat(num_heads, 1, 1))
+        return Weights(mean_key_weights(features), own.repeat(num_heads, 1, 1))
 
     def scores(self, weights: Weights, features: Features, rotation: Rotation | None) -> Tensor:
         blocks = _blocks(features)
@@ -50,25 +50,7 @@ def _blocks(features: Features) -> Tensor:
     return torch.arange(num_pages // 4, num_pages, device=features.k.device)
 
 
-class _Recorder:
-    grid = False
-    last_rows = 0
-
-    def __init__(self, model: ModelInfo, length: int, device: torch.device) -> None:
-        heads, size, pages = model.num_query_heads, model.head_dim, length // PAGE_SIZE
-        shapes = {
-            "q": (heads, pages, size),
-            "k": (model.num_kv_heads, pages, 3 * size),
-            "top": (heads, pages, pages),
-            "mass": (heads, pages, pages),
-        }
-        self.found = Features(
-            **{name: torch.zeros(model.num_layers, *shape, device=device) for name, shape in shapes.items()}
-        )
-
-    def attach(self, model: ModelInfo, files: Path, states: StateRegistry) -> None:
-        """Nothing to read and no state."""
-
+class _Recorder(Recorder):
     def select(self, layer: int, q: Tensor, keys: KeyView, chunk: Chunk, *, scale: float) -> Selection:
         num_tokens = chunk.start + chunk.length
         assert chunk.start % PAGE_SIZE == num_tokens % PAGE_SIZE == 0, chunk
