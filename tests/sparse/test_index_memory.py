@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.model import PAGE_SIZE, ModelInfo
+from engine.kernels import triton_kernels
 from engine.rope import Rotation
 from kvcache.state import StateRegistry
 from sparse.base import Chunk, PrefillMethod
@@ -101,15 +102,7 @@ def a_million_tokens(length: int) -> tuple[torch.Tensor, PagedKeys, Chunk]:
 
 
 INDEXES = {
-    "kernels": Index(
-        triton_estimator.estimate,
-        triton_lines.line_lists,
-        triton_means.mean_pages,
-        triton_energy.log_energy,
-        triton_antidiagonals.antidiagonal_mass,
-        triton_descent.pruned_pieces,
-        triton_pooled.pool_pages,
-    ),
+    "kernels": triton_kernels().index,
     "lists by torch": Index(triton_estimator.estimate),
 }
 
