@@ -13,6 +13,7 @@ import kvcache.kernels.cpu_store
 import kvcache.quest
 import sparse.attention
 import sparse.kernels.cpu
+import sparse.kernels.cpu_estimator
 from kvcache.decode import AttendRows
 from kvcache.moves import TORCH_MOVES, Moves
 from kvcache.quest import BestUnits
@@ -45,9 +46,11 @@ def kernels_for(device: torch.device, page_dtype: torch.dtype | None = None) -> 
     if device.type == "cuda":
         return triton_kernels()
     decode, stores, quest = kvcache.kernels.cpu, kvcache.kernels.cpu_store, kvcache.kernels.cpu_quest
+    estimator = sparse.kernels.cpu_estimator
     return Kernels(
         sparse.kernels.cpu.attend if sparse.kernels.cpu.is_available() else sparse.attention.attend,
         decode.attend_rows if decode.is_available() else kvcache.decode.attend_rows,
+        Index(estimator.estimate) if estimator.is_available() else TORCH_INDEX,
         moves=Moves(stores.store) if page_dtype and stores.is_available() else TORCH_MOVES,
         best_units=quest.best_units if quest.is_available() else kvcache.quest.best_units,
     )

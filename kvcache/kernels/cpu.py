@@ -1,4 +1,4 @@
-"""Decode attention over rows on CPU: launches cpu_decode.cpp. `python -m kvcache.kernels.cpu` compiles it."""
+"""Decode attention over rows on CPU: launches cpu_decode.cpp, which `make setup` compiles."""
 
 import ctypes
 import math

@@ -1,4 +1,4 @@
-"""Quest's choice on CPU: launches cpu_quest.cpp. `python -m kvcache.kernels.cpu_quest` compiles it."""
+"""Quest's choice on CPU: launches cpu_quest.cpp, which `make setup` compiles."""
 
 import ctypes
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Block-sparse attention on CPU: launches cpu_attention.cpp. `python -m sparse.kernels.cpu` compiles it."""
+"""Block-sparse attention on CPU: launches cpu_attention.cpp, which `make setup` compiles."""
 
 import ctypes
 import functools

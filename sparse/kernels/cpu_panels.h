@@ -30,6 +30,20 @@ inline void multiply(const float* a, int64_t stride_i, int64_t stride_k, const f
     for (int j = 0; j < VECTORS; ++j) store(c + (i * VECTORS + j) * LANES, sums[i][j]);
 }
 
+// One vector of rows, [D][.] and `width` floats apart; what is behind the last row becomes 0.
+inline void to_lanes(const Queries& queries, int64_t first, int64_t head_dim, float* to, int64_t width) {
+  const int count = static_cast<int>(std::clamp<int64_t>(queries.num_rows() - first, 0, LANES));
+  int64_t d = 0;
+  for (; d + LANES <= head_dim; d += LANES) {
+    Floats block[LANES] = {};
+    for (int i = 0; i < count; ++i) block[i] = queries.vector_at(first + i, d);
+    transpose(block);
+    for (int i = 0; i < LANES; ++i) store(to + (d + i) * width, block[i]);
+  }
+  for (; d < head_dim; ++d)
+    for (int i = 0; i < LANES; ++i) to[d * width + i] = i < count ? queries.at(first + i, d) : 0.0f;
+}
+
 // One panel over the keys at positions [first, first + num_keys). q [D][lanes], k and v [PAGE_SIZE][D]; what lies
 // behind num_keys may be anything: its scores are not looked at, its values not read.
 template <int VECTORS>
@@ -65,7 +79,7 @@ class PanelRows {
     for (int64_t first = 0; first < state_.padded(); first += PANEL) {
       const int64_t width = state_.width(first);
       float* panel = &q_[first * head_dim_];
-      for (int64_t lane = 0; lane < width; lane += LANES) transpose_rows(queries, first + lane, panel + lane, width);
+      for (int64_t lane = 0; lane < width; lane += LANES) to_lanes(queries, first + lane, head_dim_, panel + lane, width);
     }
   }
 
@@ -98,20 +112,6 @@ class PanelRows {
   }
 
  private:
-  // One vector of rows, [D][.] and `width` floats apart; what is behind the last row becomes 0.
-  void transpose_rows(const Queries& queries, int64_t first, float* to, int64_t width) const {
-    const int count = static_cast<int>(std::min<int64_t>(LANES, queries.num_rows() - first));
-    int64_t d = 0;
-    for (; d + LANES <= head_dim_; d += LANES) {
-      Floats block[LANES] = {};
-      for (int i = 0; i < count; ++i) block[i] = queries.vector_at(first + i, d);
-      transpose(block);
-      for (int i = 0; i < LANES; ++i) store(to + (d + i) * width, block[i]);
-    }
-    for (; d < head_dim_; ++d)
-      for (int i = 0; i < LANES; ++i) to[d * width + i] = i < count ? queries.at(first + i, d) : 0.0f;
-  }
-
   int64_t head_dim_;
   RowState state_;
   Buffer<float> q_, out_;  // per panel [D][width]

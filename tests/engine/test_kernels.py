@@ -14,6 +14,7 @@ import kvcache.kernels.cpu_store
 import kvcache.moves
 import sparse.attention
 import sparse.kernels.cpu
+import sparse.kernels.cpu_estimator
 from configs.native import compiler
 from engine.kernels import Kernels, kernels_for
 from engine.self_check import TRIALS
@@ -31,6 +32,7 @@ def test_a_cpu_with_a_compiler_runs_compiled_attention() -> None:
     chosen = kernels_for(torch.device("cpu"))
     assert chosen.attend is sparse.kernels.cpu.attend
     assert chosen.attend_rows is kvcache.kernels.cpu.attend_rows
+    assert chosen.index.estimate is sparse.kernels.cpu_estimator.estimate
     assert chosen.best_units is kvcache.kernels.cpu_quest.best_units
     assert chosen.moves.store is kvcache.moves.store  # plain copies are torch's
     assert kernels_for(torch.device("cpu"), torch.int8).moves.store is kvcache.kernels.cpu_store.store
@@ -38,6 +40,7 @@ def test_a_cpu_with_a_compiler_runs_compiled_attention() -> None:
 
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse.kernels.cpu, "is_available", lambda: False)
+    monkeypatch.setattr(sparse.kernels.cpu_estimator, "is_available", lambda: False)
     monkeypatch.setattr(kvcache.kernels.cpu, "is_available", lambda: False)
     monkeypatch.setattr(kvcache.kernels.cpu_store, "is_available", lambda: False)
     monkeypatch.setattr(kvcache.kernels.cpu_quest, "is_available", lambda: False)
