@@ -1,15 +1,17 @@
-"""Decode on CPU, side by side: HuggingFace, batches, layers, a compressed cache, a part of what is held.
+"""Decode on CPU, side by side: other engines, batches, layers, a compressed cache, a part of what is held.
 
     python -m benchmarks.decode --rounds 5
     python -m benchmarks.decode --comparisons batch quest --model my-model
+    python -m benchmarks.decode --comparisons llama.cpp --peer-python PATH
 
 Only decode steps are timed: prompts are computed before, and then the prefix cache has them.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +22,18 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.asking import add_subject, command_line, parsed, subject_of
-from benchmarks.common import Elapsed, Timing, exit_with, interleaved_medians, print_table, write_results
-from benchmarks.prompts import Text
+from benchmarks.common import (
+    CannotRun,
+    Elapsed,
+    Timing,
+    exit_with,
+    interleaved_medians,
+    print_table,
+    write_results,
+)
+from benchmarks.peer_process import PeerProcess
+from benchmarks.peers import Setting
+from benchmarks.prompts import Text, gguf_file
 from benchmarks.variants import save_variant
 from configs.loading import load_config
 from engine.engine import Engine
@@ -29,6 +41,7 @@ from engine.messages import Sampling, Submit
 from engine.startup import load, resolve
 
 HUGGINGFACE = "hf generate"
+LLAMA_CPP = ("llama.cpp", "llama.cpp-flash")  # in bf16, weights as well as keys and values
 STRIDE = 61  # tokens between the starts of two prompts: none is another's prefix
 WHILE_OTHERS_BEGIN = 512  # tokens that the first of a batch may generate until the last has begun
 
@@ -38,7 +51,7 @@ class Case:
     """One candidate of a comparison."""
 
     name: str
-    plan: str | None  # None = HuggingFace
+    plan: str | None  # None = another engine, the name says which
     batch: int = 1
     flags: tuple[tuple[str, str], ...] = ()  # settings of its engine, in place of the others'
     apart: bool = False  # layers run part by part, as HuggingFace's modules have them
@@ -62,13 +75,21 @@ def comparisons(scale: int, dtype: str = "float32") -> list[Comparison]:
         Case("dense, bf16 weights, int8 pages", "dense", flags=(half, byte)),
     ]
     smallest = small[-1].flags if dtype == "float32" else (byte,)
-    small = small if dtype == "float32" else []  # else weights are that small without
+    if dtype == "bfloat16":  # weights are that small without
+        small = [Case("dense, int8 pages", "dense", flags=(byte,))]
+    peers = [Case(name, None) for name in LLAMA_CPP]
     apart = Case("layers part by part", "dense", flags=smallest, apart=True)
     whole = Case("layers in two calls", "dense", flags=smallest)
     kept, read = f"snapkv:kv.budget={2048 // scale}", f"quest:decode.read={max(128, 1024 // scale)}"
     return [
         Comparison("huggingface", 4096 // scale, (Case(HUGGINGFACE, None), Case("dense", "dense"), *small)),
+        Comparison("llama.cpp", 4096 // scale, (*peers, Case("dense", "dense"), *small)),
         Comparison("batch", 2048 // scale, (Case("1 at once", "dense"), Case("8 at once", "dense", 8))),
+        Comparison(
+            "batch of int8 pages",
+            2048 // scale,
+            (Case("1 at once", "dense", flags=(byte,)), Case("8 at once", "dense", 8, flags=(byte,))),
+        ),
         Comparison("layers", 4096 // scale, (apart, whole)),
         Comparison("quest", 7936 // scale, (Case("full", "dense"), Case(read, read))),
         Comparison("kept", 16128 // scale, (Case("all kept", "dense"), Case(kept, kept)), "yarn:2"),
@@ -164,31 +185,61 @@ class HuggingFace:
 
 
 def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison) -> list[dict[str, Any]]:
-    """All candidates of a comparison, interleaved."""
+    """All candidates of a comparison that can run here, interleaved."""
     prompts = [text.ring(number * STRIDE, one.length) for number in range(max(c.batch for c in one.cases))]
-    engines = {}
-    for kind in dict.fromkeys((case.flags, case.apart) for case in one.cases if case.plan is not None):
-        flags, apart = kind
-        plans = dict.fromkeys(
-            case.plan for case in one.cases if case.plan and (case.flags, case.apart) == kind
-        )
-        changes = {"engine.rope_scaling": one.rope_scaling, **dict(flags)}
-        engines[kind] = Ours(asked, list(plans), len(prompts), apart=apart, **changes)
-    runs: dict[str, Callable[[int], object]] = {}
-    for case in one.cases:
-        if case.plan is None:
-            peer = HuggingFace(folder, asked.dtype, prompts[0])
-            runs[case.name] = lambda _, peer=peer: peer.decode(asked.steps)  # type: ignore[misc]
-        else:
-            ours = engines[case.flags, case.apart]
-            run = partial(ours.decode, case.plan, prompts[: case.batch], asked.steps)
-            runs[case.name] = lambda _, run=run: run()  # type: ignore[misc]
-    timings = interleaved_medians(runs, asked.rounds)
-    return [row(one, case, timings, asked.steps) for case in one.cases]
+    with ExitStack() as stack:
+        runs: dict[str, Callable[[int], object]] = {}
+        for case in one.cases:
+            if case.plan is None:
+                other = _other(case.name, asked, folder, prompts[0], stack)
+                if other is not None:
+                    runs[case.name] = other
+        if one.cases[0].plan is None and not runs:
+            return []
+        engines = {}
+        for kind in dict.fromkeys((case.flags, case.apart) for case in one.cases if case.plan is not None):
+            flags, apart = kind
+            plans = dict.fromkeys(
+                case.plan for case in one.cases if case.plan and (case.flags, case.apart) == kind
+            )
+            changes = {"engine.rope_scaling": one.rope_scaling, **dict(flags)}
+            engines[kind] = Ours(asked, list(plans), len(prompts), apart=apart, **changes)
+        for case in one.cases:
+            if case.plan is not None:
+                ours = engines[case.flags, case.apart]
+                run = partial(ours.decode, case.plan, prompts[: case.batch], asked.steps)
+                runs[case.name] = lambda _, run=run: run()  # type: ignore[misc]
+        timings = interleaved_medians(runs, asked.rounds)
+    cases = [case for case in one.cases if case.name in runs]
+    return [row(one, case, cases, timings, asked.steps) for case in cases]
 
 
-def row(one: Comparison, case: Case, timings: dict[str, Timing], steps: int) -> dict[str, Any]:
-    speed = {other.name: other.batch * steps / timings[other.name].wall for other in one.cases}
+def _other(
+    name: str, asked: argparse.Namespace, folder: Path, prompt: tuple[int, ...], stack: ExitStack
+) -> Callable[[int], object] | None:
+    """Decode steps of another engine behind the prompt; None, in words, where it cannot run."""
+    if name == HUGGINGFACE:
+        huggingface = HuggingFace(folder, asked.dtype, prompt)
+        return lambda _: huggingface.decode(asked.steps)
+    file = gguf_file(asked.model)
+    if file is None:
+        print(f"left out: {name}, which reads a GGUF file; {folder.name} is none")
+        return None
+    longest = len(prompt) + asked.steps
+    try:
+        peer = PeerProcess(name, Setting(str(file), "bfloat16", asked.threads, longest), asked.peer_python)
+    except CannotRun as error:
+        print(f"left out: {error}")
+        return None
+    stack.callback(peer.close)
+    peer.first_token(prompt)
+    return lambda _: peer.decode(asked.steps)[1]
+
+
+def row(
+    one: Comparison, case: Case, cases: Sequence[Case], timings: dict[str, Timing], steps: int
+) -> dict[str, Any]:
+    speed = {other.name: other.batch * steps / timings[other.name].wall for other in cases}
     return {
         "comparison": one.name,
         "length": one.length,
@@ -196,9 +247,7 @@ def row(one: Comparison, case: Case, timings: dict[str, Timing], steps: int) -> 
         "candidate": case.name,
         "batch": case.batch,
         "tokens_per_second": round(speed[case.name], 3),
-        "ratio": round(
-            speed[case.name] / speed[one.cases[0].name], 4
-        ),  # of tokens/s, to the first candidate's
+        "ratio": round(speed[case.name] / speed[cases[0].name], 4),  # of tokens/s, to the first candidate's
         "timing": timings[case.name].json(),
     }
 
@@ -211,6 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, default=1, help="prompts so many times shorter, to try out")
     parser.add_argument("--steps", type=int, default=32, help="decode steps that are timed together")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--peer-python", default=sys.executable, metavar="PATH", help="interpreter that has llama-cpp-python"
+    )
     asked = parsed(parser, arguments)
     subject = subject_of(asked)
     settings = {name: getattr(asked, name) for name in ("steps", "rounds", "scale")} | subject.settings

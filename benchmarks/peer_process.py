@@ -40,9 +40,16 @@ class PeerProcess:
 
     def first_token(self, prompt: Sequence[int]) -> tuple[int, Elapsed]:
         """The token, and the time as the peer's own process saw it."""
+        return self._ask(prompt)
+
+    def decode(self, steps: int) -> tuple[int, Elapsed]:
+        """The last token of so many steps behind the last prompt and its first token, and their time."""
+        return self._ask(steps)
+
+    def _ask(self, line: Sequence[int] | int) -> tuple[int, Elapsed]:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it is gone: there will be no answer
-            self._process.stdin.write(json.dumps(prompt) + "\n")
+            self._process.stdin.write(json.dumps(line) + "\n")
             self._process.stdin.flush()
         answer = self._read()
         if answer is None:

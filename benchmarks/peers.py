@@ -1,9 +1,10 @@
-"""Other engines that time to first token is compared with, and the process that runs one of them.
+"""Other engines that ours is compared with, and the process that runs one of them.
 
     python -P peers.py NAME SETTING
 
 Any Python from 3.11 on may run it: it imports the engine and nothing of ours. It answers in lines of JSON:
-its version, or why it cannot run; then, for each line of token ids, the first token and what it took.
+its version, or why it cannot run; then, for each line of token ids, the first token and what it took, and for
+a number, what so many decode steps behind it took.
 """
 
 import ctypes
@@ -26,6 +27,9 @@ class Peer(Protocol):
     def first_token(self, prompt: Sequence[int]) -> int:
         """The most likely token behind the prompt."""
 
+    def decode(self, steps: int) -> int:
+        """So many steps behind the last prompt and its first token: the last of their tokens."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -34,7 +38,7 @@ class Setting:
     model: str  # a GGUF file
     dtype: str  # float32 | bfloat16: of activations, keys and values
     threads: int
-    longest: int  # tokens of the longest prompt
+    longest: int  # tokens of the longest prompt, and of what is generated behind it
 
 
 class CannotServe(Exception):
@@ -81,6 +85,9 @@ class OpenVino:
         found = self._pipeline.generate(inputs, max_new_tokens=1, do_sample=False, ignore_eos=True)
         return int(found.tokens[0][0])
 
+    def decode(self, steps: int) -> int:
+        raise NotImplementedError("a pipeline gives no time of its own to a step")
+
 
 class LlamaCpp:
     """Weights are written anew in the dtype: as they lie in the file, it would round activations to match."""
@@ -118,7 +125,16 @@ class LlamaCpp:
     def first_token(self, prompt: Sequence[int]) -> int:
         self._model.reset()
         self._model.eval(prompt)
-        return int(self._model.sample(temp=0.0))
+        self._first = int(self._model.sample(temp=0.0))
+        return self._first
+
+    def decode(self, steps: int) -> int:
+        prompt_length, token = self._model.n_tokens, self._first
+        for _ in range(steps):
+            self._model.eval([token])
+            token = int(self._model.sample(temp=0.0))
+        self._model.n_tokens = prompt_length  # the next step forgets what lies behind
+        return token
 
 
 @dataclass(frozen=True)
@@ -153,9 +169,10 @@ def main() -> None:
         return answer({"cannot": f"{error}{remedy}"})
     answer({kind.package: importlib.metadata.version(kind.package)})
     for line in sys.stdin:
-        prompt = json.loads(line)
+        asked = json.loads(line)
+        run = peer.decode if isinstance(asked, int) else peer.first_token
         wall, cpu = time.perf_counter(), time.process_time()
-        token = peer.first_token(prompt)
+        token = run(asked)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         answer({"token": token, "wall": wall, "cpu": cpu})
 

@@ -37,12 +37,13 @@ class Llama:
         self.room, self.flash, self.tokens = n_ctx, flash_attn, []
 
     def reset(self):
-        self.tokens = []
+        self.tokens, self.n_tokens = [], 0
 
     def eval(self, tokens):
         os.write(1, b"llama_decode: {not for you}\\n")
         print("nor this")
-        self.tokens += tokens
+        self.tokens = [*self.tokens[: self.n_tokens], *tokens]
+        self.n_tokens = len(self.tokens)
         assert len(self.tokens) < self.room
 
     def sample(self, temp):
@@ -131,6 +132,17 @@ def test_peers_compute_in_the_dtype_asked_for_or_not_at_all(setting: Setting) ->
     assert ask("llama.cpp", bfloat16, [7]) == [32_007]
     with pytest.raises(CannotRun, match="openvino: OpenVINO has no bfloat16"):
         PeerProcess("openvino", bfloat16, sys.executable)
+
+
+@pytest.mark.usefixtures("packages")
+def test_steps_go_on_from_the_prompt_whenever_they_are_asked_for(setting: Setting) -> None:
+    peer = PeerProcess("llama.cpp", replace(setting, longest=5), sys.executable)
+    try:
+        assert peer.first_token([1, 2])[0] == 3
+        assert [peer.decode(steps)[0] for steps in (1, 3, 1)] == [6, 24, 6]
+        assert peer.first_token([5])[0] == 5 and peer.decode(1)[0] == 10
+    finally:
+        peer.close()
 
 
 @pytest.mark.usefixtures("packages")

@@ -22,7 +22,8 @@ from benchmarks import (
     quantised_pages,
     ttft,
 )
-from benchmarks.common import Elapsed
+from benchmarks.common import CannotRun, Elapsed
+from benchmarks.peers import Setting
 from benchmarks.prompts import load_text, load_tokenizer
 from tests.benchmarks.builders import save_model, save_plan, save_text
 
@@ -156,12 +157,16 @@ def test_concurrency_compares_requests_at_once_with_a_row(tmp_path: Path, model:
     assert content["settings"]["requests"] == 3
 
 
-def test_decode_compares_what_is_held_read_and_batched(tmp_path: Path, model: Path) -> None:
+def test_decode_compares_what_is_held_read_and_batched(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--scale", "16", "--steps", "3", "--rounds", "1")
     rows = run(decode.main, "decode", tmp_path, model, *flags)["rows"]
+    assert "left out: llama.cpp, which reads a GGUF file" in capsys.readouterr().out
     found = {one: [row for row in rows if row["comparison"] == one] for one in ("huggingface", "batch")}
     found |= {one: [row for row in rows if row["comparison"] == one] for one in ("quest", "kept", "layers")}
-    assert [len(cases) for cases in found.values()] == [4, 2, 2, 2, 2] and len(rows) == 12
+    found["batch of int8 pages"] = [row for row in rows if row["comparison"] == "batch of int8 pages"]
+    assert [len(cases) for cases in found.values()] == [4, 2, 2, 2, 2, 2] and len(rows) == 14
     assert [row["candidate"] for row in found["quest"]] == ["full", "quest:decode.read=128"]
     assert [row["batch"] for row in found["batch"]] == [1, 8]
     for base, *others in found.values():
@@ -170,6 +175,36 @@ def test_decode_compares_what_is_held_read_and_batched(tmp_path: Path, model: Pa
         speed = other["batch"] * 3 / other["timing"]["wall_s"]
         assert other["tokens_per_second"] == pytest.approx(speed, rel=0.01)
         assert other["ratio"] == pytest.approx(speed / base["tokens_per_second"], rel=0.01)
+
+
+def test_decode_is_compared_with_the_engines_that_are_installed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    class Peer:
+        def __init__(self, name: str, setting: Setting, python: str) -> None:
+            if name == "llama.cpp-flash":
+                raise CannotRun(f"{name}: no such package")
+            assert (setting.dtype, setting.longest) == ("bfloat16", 256 + 3)
+
+        def first_token(self, prompt: tuple[int, ...]) -> tuple[int, Elapsed]:
+            assert len(prompt) == 256
+            return 1, Elapsed(9.0, 9.0)
+
+        def decode(self, steps: int) -> tuple[int, Elapsed]:
+            return 1, Elapsed(steps * 1e-9, 0.0)
+
+        def close(self) -> None:
+            closed.append("llama.cpp")
+
+    monkeypatch.setattr(decode, "PeerProcess", Peer)
+    monkeypatch.setattr(decode, "gguf_file", lambda model: Path("model.gguf"))
+    flags = ("--comparisons", "llama.cpp", "--scale", "16", "--steps", "3", "--rounds", "1")
+    rows = run(decode.main, "decode", tmp_path, model, *flags)["rows"]
+    peer, *ours = [row["candidate"] for row in rows]
+    assert (peer, ours[0], len(ours)) == ("llama.cpp", "dense", 3) and closed == ["llama.cpp"]
+    assert rows[0]["tokens_per_second"] == pytest.approx(1e9) and rows[1]["ratio"] < 1e-3
 
 
 def test_freed_pages_are_seen_in_the_hands_of_another_request(tmp_path: Path, model: Path) -> None:
