@@ -125,7 +125,7 @@ class _Api:
         with own_words():
             checked = asked.as_chat()
             self._expect(checked)
-            job = await prepare_chat(checked, self.engine.card, self.tokenizer, self.outputs)
+            job = await prepare_chat(checked, self.engine.card, self.tokenizer, self.outputs, kind="resp_")
         reply = ResponsesReply(self._head(job), job, asked, checked, self.tokenizer)
         return await self._answer(request, checked, [(job, reply)])
 

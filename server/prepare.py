@@ -46,7 +46,12 @@ class Job:
 
 
 async def prepare_chat(
-    request: ChatCompletionRequest, card: ModelCard, tokenizer: Tokenizer, outputs: StructuredOutputs
+    request: ChatCompletionRequest,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    outputs: StructuredOutputs,
+    *,
+    kind: str = "chatcmpl-",  # how its id begins
 ) -> Job:
     """The job of a chat. Raises BadRequest or NotFound."""
     arrived = time.monotonic()
@@ -64,7 +69,7 @@ async def prepare_chat(
     )
     # The template writes the special tokens itself.
     tokens = await _encode(text, request, card, tokenizer, add_special_tokens=False, field="messages")
-    job = _job(f"chatcmpl-{uuid.uuid4().hex}", request, tokens, plan, card, "messages", arrived)
+    job = _job(f"{kind}{uuid.uuid4().hex}", request, tokens, plan, card, "messages", arrived)
     [job] = await _structured([job], request, outputs)
     if tokenizer.marks_reasoning and job.submit.sampling.grammar is None:
         job = replace(job, reasoning=_reasoning(text))

@@ -143,7 +143,7 @@ class ResponsesReply:
         request = self.request
         text = request.text.format
         response: dict[str, Any] = {
-            "id": self.head.request_id.replace("chatcmpl-", "resp_"),
+            "id": self.head.request_id,
             "object": "response",
             "created_at": self.head.created,
             "status": status,

@@ -77,8 +77,9 @@ def test_the_openai_client_gets_text(running: Running, client: openai.OpenAI) ->
     assert response.id.startswith("resp_") and response.usage is not None
     assert response.usage.output_tokens == said and response.usage.input_tokens_details.cached_tokens == 4
     assert running.prompt == "system: be brief\nuser: hello\nassistant: "
-    sampling = running.engine.submitted[-1].sampling
-    assert (sampling.max_tokens, sampling.temperature) == (50, 0.5)
+    submit = running.engine.submitted[-1]
+    assert submit.request_id == response.id, "logs and traces name what the client knows"
+    assert (submit.sampling.max_tokens, submit.sampling.temperature) == (50, 0.5)
     assert response.model_extra is not None and response.model_extra["farspan"]["plan"] == "sparse"
 
 
