@@ -1,4 +1,4 @@
-"""A decode step's linear layers on CPU: engine/linear.cpp beside torch, over weights that no cache holds.
+"""Linear layers of decode steps and of chunks on CPU: engine/linear.cpp beside torch, over uncached weights.
 
 python -m benchmarks.linear --rounds 9
 """
@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.asking import command_line, parsed
 from benchmarks.common import exit_with, interleaved_medians, print_table, write_results
-from engine.linear import linear
+from engine.linear import MOST_TOKENS, linear, linear_many
 
 INPUTS, OUTPUTS, LAYERS = 576, 1536, 60  # SmolLM2's widest layer, 212 MB of them
-TOKENS = (1, 2, 4, 8, 16)
+TOKENS = (1, 2, 4, 8, 16, 32, 128, 2048)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     rows: list[dict[str, Any]] = []
     for tokens in TOKENS:
+        ours = linear if tokens <= MOST_TOKENS else linear_many
         cases = {
             "torch": over_all(torch.nn.functional.linear, whole, tokens),
-            "farspan": over_all(linear, whole, tokens),
-            "farspan_bf16": over_all(linear, half, tokens),
+            "farspan": over_all(ours, whole, tokens),
+            "farspan_bf16": over_all(ours, half, tokens),
         }
         times = interleaved_medians(cases, asked.rounds)
         rows.append(
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"inputs": INPUTS, "outputs": OUTPUTS, "layers": LAYERS, "threads": asked.threads}
     path = write_results("linear", {"settings": settings, "rows": rows}, folder=asked.out)
     print_table(
-        "Linear layers over a few tokens, float32",
+        "Linear layers, float32",
         ("tokens", "torch ms", "farspan ms", "speed-up", "of bf16 weights"),
         [
             (

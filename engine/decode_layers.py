@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from configs.native import library
 from engine.attention import Layer
 from engine.layers import ROTATE, GatedMLP, Norm, rotate
-from engine.linear import MOST_TOKENS, FewTokensLinear
+from engine.linear import MOST_TOKENS, CpuLinear
 from engine.models import rotates_layer
 
 SOURCE = Path(__file__).with_name("decode_layers.cpp")
@@ -82,7 +82,7 @@ class _Parts:
     def _fit(self, lanes: int) -> bool:
         linears, heads = self.projections.values(), [one for one in self.head_norms.values() if one]
         return (
-            all(type(one) is FewTokensLinear and one.out_features % 2 == 0 for one in linears)
+            all(type(one) is CpuLinear and one.out_features % 2 == 0 for one in linears)
             and len({one.weight.dtype for one in linears}) == 1
             and all(isinstance(one, Norm) for one in (*self.norms.values(), *heads))
             and all(one.weight.shape == (self.head_dim,) for one in heads)

@@ -1,5 +1,5 @@
-// Linear layers over a few tokens on CPU, as decode needs them: bound by reading the weights once.
-#include "linear.h"
+// Linear layers on CPU: over a few tokens, as decode needs them, bound by reading the weights once; and over many.
+#include "linear_many.h"
 
 namespace {
 
@@ -18,3 +18,8 @@ void run(const LinearCall& call) {
 extern "C" int32_t farspan_lanes() { return LANES; }
 
 extern "C" void farspan_linear(const LinearCall* call) { call->bf16 ? run<uint16_t>(*call) : run<float>(*call); }
+
+// Without gate and residual.
+extern "C" void farspan_linear_many(const LinearCall* call) {
+  call->bf16 ? many_tokens<uint16_t>(*call) : many_tokens<float>(*call);
+}

@@ -1,7 +1,8 @@
-"""Linear layers over a few tokens on CPU: launches linear.cpp, which reads weights once, on all threads.
+"""Linear layers on CPU: launches linear.cpp, which reads weights once for a few tokens, on all threads.
 
-A decode step multiplies every weight with one row per sequence; BLAS libraries are made for many rows
-(benchmarks/linear.py compares). Reading the weights is most of it: in bf16 they are half as long.
+A decode step multiplies every weight with one row per sequence; BLAS libraries are made for many rows.
+Reading the weights is most of it: in bf16 they are half as long. Chunks of prompts go through linear.cpp
+where that is the faster (benchmarks/linear.py compares).
 """
 
 import ctypes
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from configs.native import library
 
 SOURCE = Path(__file__).with_name("linear.cpp")
-MOST_TOKENS = 16  # beyond, a matrix product is as fast
+MOST_TOKENS = 16  # that count as few
+MANY_WITH_LANES = 8  # AVX2: with other vectors nobody has compared, and torch multiplies many tokens
 WEIGHTS = (torch.float32, torch.bfloat16)
 
 
@@ -28,16 +30,18 @@ class _LinearCall(ctypes.Structure):
     ]
 
 
-class FewTokensLinear(nn.Linear):
-    """torch's linear layer, with its weights and its answers; few tokens go through linear.cpp.
+class CpuLinear(nn.Linear):
+    """torch's linear layer, with its weights and its answers, through linear.cpp.
 
-    Weights may be bf16: few tokens widen them as they are read, many first of all.
+    Weights may be bf16: they are widened as they are read.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.numel() > MOST_TOKENS * self.in_features or input.numel() == 0:
-            return nn.functional.linear(input, self.weight.float(), self.bias)  # float32 stays as it is
-        return linear(input, self.weight, self.bias)
+        if input.numel() == 0:
+            return nn.functional.linear(input, self.weight.float(), self.bias)
+        if input.numel() <= MOST_TOKENS * self.in_features:
+            return linear(input, self.weight, self.bias)
+        return linear_many(input, self.weight, self.bias)
 
 
 def can_be_fast() -> bool:
@@ -55,7 +59,7 @@ def speed_up_decode(model: nn.Module) -> None:
             continue
         fits = module.in_features % kernels.farspan_lanes() == 0
         if fits and module.weight.dtype == torch.float32 and module.weight.is_contiguous():
-            module.__class__ = FewTokensLinear
+            module.__class__ = CpuLinear
 
 
 class _Bf16Embedding(nn.Embedding):
@@ -75,9 +79,7 @@ def keep_in_bf16(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(module)
     for parameter, modules in owners.items():
-        if parameter.dim() == 2 and all(
-            type(module) in (FewTokensLinear, nn.Embedding) for module in modules
-        ):
+        if parameter.dim() == 2 and all(type(module) in (CpuLinear, nn.Embedding) for module in modules):
             parameter.data = parameter.data.bfloat16()
             for module in modules:
                 if isinstance(module, nn.Embedding):
@@ -87,6 +89,19 @@ def keep_in_bf16(model: nn.Module) -> None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., I] @ weight [O, I].T + bias [O] -> [..., O], float32 on CPU, weights perhaps bf16; I whole
     vectors, O at least 2."""
+    return _launch("farspan_linear", x, weight, bias)
+
+
+def linear_many(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for many tokens. What a token gets does not depend on how many come along."""
+    kernels = library(SOURCE)
+    assert kernels is not None, "speed_up_decode has seen to that"
+    if kernels.farspan_lanes() != MANY_WITH_LANES:
+        return nn.functional.linear(x, weight.float(), bias)  # float32 stays as it is
+    return _launch("farspan_linear_many", x, weight, bias)
+
+
+def _launch(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kernels = library(SOURCE)
     assert kernels is not None, "speed_up_decode has seen to that"
     x = x.contiguous()
@@ -108,7 +123,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         torch.get_num_threads(),
         weight.dtype == torch.bfloat16,
     )
-    kernels.farspan_linear(ctypes.byref(call))
+    getattr(kernels, name)(ctypes.byref(call))
     return out
 
 

@@ -9,27 +9,6 @@
 
 namespace farspan {
 
-// Accumulators of a tile fill the registers: 4 x 3 of 16 with AVX2, 8 x 3 of 32 with AVX-512 and NEON.
-constexpr int TILE = LANES == 8 ? 4 : 8;
-
-// c [COUNT][lanes] (+)= sum over k of a(i, k) * b [k][lanes], with a(i, k) = a[i * stride_i + k * stride_k].
-template <int COUNT, int VECTORS, bool ADD>
-inline void multiply(const float* a, int64_t stride_i, int64_t stride_k, const float* b, float* c, int64_t num_k) {
-  Floats sums[COUNT][VECTORS];
-  for (int i = 0; i < COUNT; ++i)
-    for (int j = 0; j < VECTORS; ++j) sums[i][j] = ADD ? load(c + (i * VECTORS + j) * LANES) : Floats{};
-  for (int64_t k = 0; k < num_k; ++k) {
-    Floats row[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) row[j] = held(load(b + (k * VECTORS + j) * LANES));
-    for (int i = 0; i < COUNT; ++i) {
-      const Floats factor = splat(a[i * stride_i + k * stride_k]);
-      for (int j = 0; j < VECTORS; ++j) sums[i][j] += factor * row[j];
-    }
-  }
-  for (int i = 0; i < COUNT; ++i)
-    for (int j = 0; j < VECTORS; ++j) store(c + (i * VECTORS + j) * LANES, sums[i][j]);
-}
-
 // One vector of rows, [D][.] and `width` floats apart; what is behind the last row becomes 0.
 inline void to_lanes(const Queries& queries, int64_t first, int64_t head_dim, float* to, int64_t width) {
   const int count = static_cast<int>(std::clamp<int64_t>(queries.num_rows() - first, 0, LANES));

@@ -5,15 +5,10 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 
-#include "native.h"
+#include "tiles.h"
 
 namespace farspan {
-
-constexpr int PANEL_VECTORS = 3;  // vectors of rows that are worked on together
-constexpr int PANEL = PANEL_VECTORS * LANES;
 
 // A row's maximum is raised only when a score passes it by this much (log2): rescaling is rare, weights stay below 2^8.
 constexpr float SLACK = 8.0f;
@@ -21,19 +16,6 @@ constexpr int32_t NO_WINDOW = INT32_MAX;
 constexpr float NO_KEY = -1e30f;  // the maximum of a row that has read nothing; finite, as -inf - -inf is NaN
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-
-// Memory that a thread reuses from task to task, aligned for vectors.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : memory_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 127) / 64 * 64)), std::free) {}
-  T& operator[](int64_t i) { return memory_.get()[i]; }
-  const T& operator[](int64_t i) const { return memory_.get()[i]; }
-
- private:
-  std::unique_ptr<T, decltype(&std::free)> memory_;
-};
 
 // The queries of one task: row = token * num_heads + head, so positions ascend with the row.
 struct Queries {

@@ -1,4 +1,4 @@
-"""Linear layers over a few tokens: torch's answers, whoever else is in the batch, float32 or bf16 weights."""
+"""Linear layers on CPU: torch's answers, whoever else is in the batch, float32 or bf16 weights."""
 
 import copy
 
@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.native import compiler
+from configs.native import compiler, load_library
 from engine.layers import fuse_layers
 from engine.linear import (
     MOST_TOKENS,
-    FewTokensLinear,
+    SOURCE,
+    CpuLinear,
     gated_linear,
     keep_in_bf16,
     linear,
+    linear_many,
     speed_up_decode,
 )
 from engine.startup import check_weights_dtype
@@ -38,6 +40,41 @@ def test_a_token_does_not_depend_on_its_batch_mates_to_the_last_bit() -> None:
         assert torch.equal(linear(x[index : index + 1], weight, None)[0], together[index])
 
 
+@pytest.fixture(params=[None, 4, 16])
+def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens go through linear.cpp, as it is compiled here, and for processors with other vectors."""
+    flags = [] if request.param is None else [f"-DFARSPAN_LANES={request.param}"]
+    kernels = load_library(SOURCE, *flags)
+    monkeypatch.setattr("engine.linear.library", lambda source: kernels)
+    monkeypatch.setattr("engine.linear.MANY_WITH_LANES", kernels.farspan_lanes())
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize("inputs", [16, 288, 304, 592])  # parts of a block, whole ones, and one more
+@pytest.mark.parametrize("tokens", [1, 7, 8, 17, 24, 47, 48, 49, 150])
+@pytest.mark.parametrize("outputs", [2, 7, 48, 400])
+def test_many_tokens_get_torchs_answer(tokens: int, inputs: int, outputs: int) -> None:
+    x, weight, bias = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    for b in (None, bias):
+        expected = torch.nn.functional.linear(x, weight, b)
+        torch.testing.assert_close(linear_many(x, weight, b), expected, atol=1e-4, rtol=1e-5)  # float32
+    half = weight.bfloat16()
+    assert torch.equal(linear_many(x, half, bias), linear_many(x, half.float(), bias))
+
+
+@pytest.mark.usefixtures("many")
+def test_a_chunk_may_be_cut_anywhere_and_shared_by_any_threads_to_the_last_bit() -> None:
+    x, weight = torch.randn(101, 320), torch.randn(70, 320)
+    whole, threads = linear_many(x, weight, None), torch.get_num_threads()
+    try:
+        for cut in (1, 20, 48, 64, 100):
+            torch.set_num_threads(1 + cut % 3)
+            parts = [linear_many(part, weight, None) for part in (x[:cut], x[cut:])]
+            assert torch.equal(torch.cat(parts), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_strided_inputs_and_leading_dimensions_are_kept() -> None:
     x, weight = torch.randn(2, 64, 3).transpose(1, 2), torch.randn(5, 64)
     torch.testing.assert_close(linear(x, weight, None), x @ weight.T, atol=2e-5, rtol=1e-5)
@@ -51,14 +88,18 @@ def test_only_layers_that_fit_are_changed_and_only_few_tokens_take_the_other_way
     )
     weights = {name: value.data_ptr() for name, value in layers.state_dict().items()}
     speed_up_decode(layers)
-    assert [type(layer) for layer in layers] == [FewTokensLinear, torch.nn.Linear, torch.nn.Linear]
+    assert [type(layer) for layer in layers] == [CpuLinear, torch.nn.Linear, torch.nn.Linear]
     assert weights == {name: value.data_ptr() for name, value in layers.state_dict().items()}
-    seen = []
+    seen: list[int] = []
     monkeypatch.setattr("engine.linear.linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
+    many: list[int] = []
+    monkeypatch.setattr(
+        "engine.linear.linear_many", lambda x, *rest: many.append(len(x)) or linear_many(x, *rest)
+    )
     with torch.inference_mode():
         for tokens in (0, 1, MOST_TOKENS, MOST_TOKENS + 1):
             assert layers[0](torch.randn(tokens, 64)).shape == (tokens, 8)
-    assert seen == [1, MOST_TOKENS]
+    assert seen == [1, MOST_TOKENS] and many == [MOST_TOKENS + 1]
 
 
 def test_a_model_answers_as_before() -> None:
@@ -66,7 +107,7 @@ def test_a_model_answers_as_before() -> None:
     prompt = make_prompt(100)
     before = tiny_engine(network=network).answer(prompt, greedy(20))
     speed_up_decode(network)
-    assert isinstance(network.lm_head, FewTokensLinear)
+    assert isinstance(network.lm_head, CpuLinear)
     assert tiny_engine(network=network).answer(prompt, greedy(20)) == before
 
 

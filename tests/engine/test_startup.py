@@ -13,7 +13,7 @@ from configs.schema import ServeConfig
 from engine import startup
 from engine.attention_timing import AttentionTimer, Times
 from engine.kernels import Kernels
-from engine.linear import FewTokensLinear
+from engine.linear import CpuLinear
 from engine.models import end_tokens, prepare_model
 from engine.self_check import TRIALS
 from engine.startup import host_sizes, load, resolve
@@ -119,7 +119,7 @@ def test_weights_are_kept_in_the_dtype_that_was_asked_for(
     )
     for asked, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         load(resolve(config(folder, **{"engine.dtype": "float32", "engine.weights_dtype": asked})))
-        linears = [module for module in loaded[-1].modules() if isinstance(module, FewTokensLinear)]
+        linears = [module for module in loaded[-1].modules() if isinstance(module, CpuLinear)]
         assert {module.weight.dtype for module in linears} == {dtype}
     with pytest.raises(ConfigError, match="engine.weights_dtype: .* use engine.dtype"):
         resolve(config(folder, **{"engine.dtype": "bfloat16", "engine.weights_dtype": "bfloat16"}))

@@ -1,0 +1,47 @@
+// Products in tiles, as the C++ kernels over many rows compute them: rows of one factor stand side by side in lanes.
+#pragma once
+#include <cstdlib>
+#include <memory>
+
+#include "native.h"
+
+namespace farspan {
+
+constexpr int PANEL_VECTORS = 3;  // vectors of rows that are worked on together
+constexpr int PANEL = PANEL_VECTORS * LANES;
+
+// Memory that a thread reuses from task to task, aligned for vectors.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : memory_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 127) / 64 * 64)), std::free) {}
+  T& operator[](int64_t i) { return memory_.get()[i]; }
+  const T& operator[](int64_t i) const { return memory_.get()[i]; }
+
+ private:
+  std::unique_ptr<T, decltype(&std::free)> memory_;
+};
+
+// Accumulators of a tile fill the registers: 4 x 3 of 16 with AVX2, 8 x 3 of 32 with AVX-512 and NEON.
+constexpr int TILE = LANES == 8 ? 4 : 8;
+
+// c [COUNT][lanes] (+)= sum over k of a(i, k) * b [k][lanes], with a(i, k) = a[i * stride_i + k * stride_k].
+template <int COUNT, int VECTORS, bool ADD>
+inline void multiply(const float* a, int64_t stride_i, int64_t stride_k, const float* b, float* c, int64_t num_k) {
+  Floats sums[COUNT][VECTORS];
+  for (int i = 0; i < COUNT; ++i)
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = ADD ? load(c + (i * VECTORS + j) * LANES) : Floats{};
+  for (int64_t k = 0; k < num_k; ++k) {
+    Floats row[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) row[j] = held(load(b + (k * VECTORS + j) * LANES));
+    for (int i = 0; i < COUNT; ++i) {
+      const Floats factor = splat(a[i * stride_i + k * stride_k]);
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add(factor, row[j], sums[i][j]);
+    }
+  }
+  for (int i = 0; i < COUNT; ++i)
+    for (int j = 0; j < VECTORS; ++j) store(c + (i * VECTORS + j) * LANES, sums[i][j]);
+}
+
+}  // namespace farspan
