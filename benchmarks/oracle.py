@@ -5,6 +5,7 @@
 It reads every key to know which to read, so only its quality means anything.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,6 @@ def rebuild_keys(state: Tensor, pages: Tensor, keys: Tensor, counts: Tensor) -> 
     state[pages] = keys.float()
 
 
-def register() -> None:
-    """Let plans name it."""
-    if "oracle" not in DECODE_METHODS:
-        DECODE_METHODS.add("oracle", Oracle)
+def offered() -> AbstractContextManager[None]:
+    """While it lasts, plans may name it."""
+    return DECODE_METHODS.adding("oracle", Oracle)

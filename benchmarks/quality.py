@@ -290,7 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.calibrate is None:
         refuse_calibration_text(text, out)
     chat = chat_form(folder) if asked.form == "chat" else None
-    oracle.register()
     plans = list({plan.name: plan for plan in map(load_variant, [DENSE, *asked.plans])}.values())
     names = ("lengths", "needles", "needles_per_text", "form", "samples", "rows", "replayed")
     settings = {name: getattr(asked, name) for name in (*names, "dtype", "cache_dtype")}
@@ -299,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     name = asked.name if asked.calibrate is None else f"{asked.name}-calibration"
     skipped: dict[int, str] = {}
-    with ExitStack() as stack:
+    with oracle.offered(), ExitStack() as stack:
         score = score_by_name(asked, folder, plans, stack)
         for length in asked.lengths:
             try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
@@ -50,10 +51,15 @@ class Plugins(Mapping[str, type[_Kind]], Generic[_Kind]):
     def __contains__(self, name: object) -> bool:
         return name in self._ours or name in self._others
 
-    def add(self, name: str, kind: type[_Kind]) -> None:
-        """One that is of no distribution: a benchmark's own."""
+    @contextmanager
+    def adding(self, name: str, kind: type[_Kind]) -> Iterator[None]:
+        """While it lasts, one that is of no distribution: a benchmark's own."""
         assert name not in self, f"{name!r} is known"
         self._ours[name] = kind
+        try:
+            yield
+        finally:
+            del self._ours[name]
 
     def name_of(self, kind: type) -> str:
         """What plans call a plug-in that one of them has named."""
