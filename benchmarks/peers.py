@@ -27,9 +27,6 @@ class Peer(Protocol):
     def first_token(self, prompt: Sequence[int]) -> int:
         """The most likely token behind the prompt."""
 
-    def decode(self, steps: int) -> int:
-        """So many steps behind the last prompt and its first token: the last of their tokens."""
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -85,9 +82,6 @@ class OpenVino:
         found = self._pipeline.generate(inputs, max_new_tokens=1, do_sample=False, ignore_eos=True)
         return int(found.tokens[0][0])
 
-    def decode(self, steps: int) -> int:
-        raise NotImplementedError("a pipeline gives no time of its own to a step")
-
 
 class LlamaCpp:
     """Weights are written anew in the dtype: as they lie in the file, it would round activations to match."""
@@ -129,6 +123,7 @@ class LlamaCpp:
         return self._first
 
     def decode(self, steps: int) -> int:
+        """So many steps behind the last prompt and its first token: the last of their tokens."""
         prompt_length, token = self._model.n_tokens, self._first
         for _ in range(steps):
             self._model.eval([token])
@@ -170,9 +165,12 @@ def main() -> None:
     answer({kind.package: importlib.metadata.version(kind.package)})
     for line in sys.stdin:
         asked = json.loads(line)
-        run = peer.decode if isinstance(asked, int) else peer.first_token
         wall, cpu = time.perf_counter(), time.process_time()
-        token = run(asked)
+        if isinstance(asked, int):
+            assert isinstance(peer, LlamaCpp), "others give no time of its own to a step"
+            token = peer.decode(asked)
+        else:
+            token = peer.first_token(asked)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         answer({"token": token, "wall": wall, "cpu": cpu})
 

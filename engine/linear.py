@@ -31,7 +31,7 @@ class _LinearCall(ctypes.Structure):
 
 
 class CpuLinear(nn.Linear):
-    """torch's linear layer, with its weights and its answers, through linear.cpp.
+    """torch's linear layer, its weights and its answers; few tokens take linear.cpp, and with AVX2 all.
 
     Weights may be bf16: they are widened as they are read.
     """
@@ -93,7 +93,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_many(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for many tokens. What a token gets does not depend on how many come along."""
+    """The same for many tokens. With AVX2, what a token gets does not depend on how many come along."""
     kernels = library(SOURCE)
     assert kernels is not None, "speed_up_decode has seen to that"
     if kernels.farspan_lanes() != MANY_WITH_LANES:
