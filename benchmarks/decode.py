@@ -145,8 +145,23 @@ class Ours:
         return {output.request_id for output in outputs if output.tokens}
 
 
+class Peer:
+    """An engine in a process of its own, behind a prompt that is computed once."""
+
+    def __init__(self, process: PeerProcess, prompt: tuple[int, ...]) -> None:
+        self.versions: dict[str, str] | None = process.versions
+        self._process = process
+        process.first_token(prompt)
+
+    def decode(self, steps: int) -> Elapsed:
+        """So many decode steps behind the first token."""
+        return self._process.decode(steps)[1]
+
+
 class HuggingFace:
     """transformers' generate with its dynamic cache, behind a prompt that is computed once."""
+
+    versions = None  # those of this process
 
     def __init__(self, folder: Path, dtype: str, prompt: tuple[int, ...]) -> None:
         import transformers
@@ -189,11 +204,13 @@ def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison
     prompts = [text.ring(number * STRIDE, one.length) for number in range(max(c.batch for c in one.cases))]
     with ExitStack() as stack:
         runs: dict[str, Callable[[int], object]] = {}
+        versions: dict[str, dict[str, str] | None] = {}  # of other engines
         for case in one.cases:
             if case.plan is None:
                 other = _other(case.name, asked, folder, prompts[0], stack)
                 if other is not None:
-                    runs[case.name] = other
+                    runs[case.name] = lambda _, other=other: other.decode(asked.steps)  # type: ignore[misc]
+                    versions[case.name] = other.versions
         if one.cases[0].plan is None and not runs:
             return []
         engines = {}
@@ -211,16 +228,17 @@ def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison
                 runs[case.name] = lambda _, run=run: run()  # type: ignore[misc]
         timings = interleaved_medians(runs, asked.rounds)
     cases = [case for case in one.cases if case.name in runs]
-    return [row(one, case, cases, timings, asked.steps) for case in cases]
+    return [
+        {**row(one, case, cases, timings, asked.steps), "versions": versions.get(case.name)} for case in cases
+    ]
 
 
 def _other(
     name: str, asked: argparse.Namespace, folder: Path, prompt: tuple[int, ...], stack: ExitStack
-) -> Callable[[int], object] | None:
-    """Decode steps of another engine behind the prompt; None, in words, where it cannot run."""
+) -> "HuggingFace | Peer | None":
+    """Another engine, the prompt computed; None, in words, where it cannot run."""
     if name == HUGGINGFACE:
-        huggingface = HuggingFace(folder, asked.dtype, prompt)
-        return lambda _: huggingface.decode(asked.steps)
+        return HuggingFace(folder, asked.dtype, prompt)
     file = gguf_file(asked.model)
     if file is None:
         print(f"left out: {name}, which reads a GGUF file; {folder.name} is none")
@@ -232,8 +250,7 @@ def _other(
         print(f"left out: {error}")
         return None
     stack.callback(peer.close)
-    peer.first_token(prompt)
-    return lambda _: peer.decode(asked.steps)[1]
+    return Peer(peer, prompt)
 
 
 def row(

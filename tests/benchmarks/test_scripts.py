@@ -187,6 +187,7 @@ def test_decode_is_compared_with_the_engines_that_are_installed(
             if name == "llama.cpp-flash":
                 raise CannotRun(f"{name}: no such package")
             assert (setting.dtype, setting.longest) == ("bfloat16", 256 + 3)
+            self.versions = {"llama-cpp-python": "0.3"}
 
         def first_token(self, prompt: tuple[int, ...]) -> tuple[int, Elapsed]:
             assert len(prompt) == 256
@@ -205,6 +206,7 @@ def test_decode_is_compared_with_the_engines_that_are_installed(
     peer, *ours = [row["candidate"] for row in rows]
     assert (peer, ours[0], len(ours)) == ("llama.cpp", "dense", 3) and closed == ["llama.cpp"]
     assert rows[0]["tokens_per_second"] == pytest.approx(1e9) and rows[1]["ratio"] < 1e-3
+    assert [row["versions"] for row in rows] == [{"llama-cpp-python": "0.3"}, None, None, None]
 
 
 def test_freed_pages_are_seen_in_the_hands_of_another_request(tmp_path: Path, model: Path) -> None:
