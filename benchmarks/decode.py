@@ -204,7 +204,7 @@ def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison
     prompts = [text.ring(number * STRIDE, one.length) for number in range(max(c.batch for c in one.cases))]
     with ExitStack() as stack:
         runs: dict[str, Callable[[int], object]] = {}
-        versions: dict[str, dict[str, str] | None] = {}  # of other engines
+        versions: dict[str, dict[str, str] | None] = {}
         for case in one.cases:
             if case.plan is None:
                 other = _other(case.name, asked, folder, prompts[0], stack)
@@ -228,9 +228,7 @@ def measure(asked: argparse.Namespace, folder: Path, text: Text, one: Comparison
                 runs[case.name] = lambda _, run=run: run()  # type: ignore[misc]
         timings = interleaved_medians(runs, asked.rounds)
     cases = [case for case in one.cases if case.name in runs]
-    return [
-        {**row(one, case, cases, timings, asked.steps), "versions": versions.get(case.name)} for case in cases
-    ]
+    return [row(one, case, cases, timings, asked.steps, versions.get(case.name)) for case in cases]
 
 
 def _other(
@@ -254,7 +252,12 @@ def _other(
 
 
 def row(
-    one: Comparison, case: Case, cases: Sequence[Case], timings: dict[str, Timing], steps: int
+    one: Comparison,
+    case: Case,
+    cases: Sequence[Case],
+    timings: dict[str, Timing],
+    steps: int,
+    versions: dict[str, str] | None,
 ) -> dict[str, Any]:
     speed = {other.name: other.batch * steps / timings[other.name].wall for other in cases}
     return {
@@ -266,6 +269,7 @@ def row(
         "tokens_per_second": round(speed[case.name], 3),
         "ratio": round(speed[case.name] / speed[cases[0].name], 4),  # of tokens/s, to the first candidate's
         "timing": timings[case.name].json(),
+        "versions": versions,  # of another engine
     }
 
 
