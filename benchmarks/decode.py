@@ -93,6 +93,12 @@ def comparisons(scale: int, dtype: str = "float32") -> list[Comparison]:
         Comparison("layers", 4096 // scale, (apart, whole)),
         Comparison("quest", 7936 // scale, (Case("full", "dense"), Case(read, read))),
         Comparison("kept", 16128 // scale, (Case("all kept", "dense"), Case(kept, kept)), "yarn:2"),
+        Comparison(
+            "kept with bf16 weights",
+            16128 // scale,
+            (Case("all kept", "dense", flags=(half,)), Case(kept, kept, flags=(half,))),
+            "yarn:2",
+        ),
     ]
 
 
@@ -109,7 +115,8 @@ class Ours:
         **changes: str | None,
     ) -> None:
         flags = {"engine.model": asked.model, "engine.dtype": asked.dtype, "engine.threads": asked.threads}
-        flags |= {"engine.device": "cpu", "scheduler.max_num_seqs": most, **changes}
+        # A pool for twice as many: prompts wait in the prefix cache while a copy of them is compressed.
+        flags |= {"engine.device": "cpu", "scheduler.max_num_seqs": 2 * most, **changes}
         with TemporaryDirectory() as folder:
             files = [save_variant(plan, Path(folder)) for plan in plans]
             resolved = resolve(load_config(None, {**flags, "plans": files}))
