@@ -165,8 +165,9 @@ def test_decode_compares_what_is_held_read_and_batched(
     assert "left out: llama.cpp, which reads a GGUF file" in capsys.readouterr().out
     found = {one: [row for row in rows if row["comparison"] == one] for one in ("huggingface", "batch")}
     found |= {one: [row for row in rows if row["comparison"] == one] for one in ("quest", "kept", "layers")}
-    found["batch of int8 pages"] = [row for row in rows if row["comparison"] == "batch of int8 pages"]
-    assert [len(cases) for cases in found.values()] == [4, 2, 2, 2, 2, 2] and len(rows) == 14
+    for one in ("batch of int8 pages", "kept with bf16 weights"):
+        found[one] = [row for row in rows if row["comparison"] == one]
+    assert [len(cases) for cases in found.values()] == [4, 2, 2, 2, 2, 2, 2] and len(rows) == 16
     assert [row["candidate"] for row in found["quest"]] == ["full", "quest:decode.read=128"]
     assert [row["batch"] for row in found["batch"]] == [1, 8]
     for base, *others in found.values():
