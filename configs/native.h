@@ -33,8 +33,14 @@ inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloa
 inline Ints load(const int32_t* from) { return *reinterpret_cast<const LooseInts*>(from); }
 // From bf16, widened.
 inline Floats load(const uint16_t* from) {
-  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
-  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
+#if defined(__AVX512F__) && FARSPAN_LANES == 16
+  const Ints bits = reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__) && FARSPAN_LANES == 8
+  const Ints bits = reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  const Ints bits = __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(from), Ints);  // GCC: by halves
+#endif
+  return reinterpret_cast<Floats>(bits << 16);
 }
 // From whole numbers of 8 bits, with their sign.
 inline Ints load_bytes(const void* from) {

@@ -10,7 +10,7 @@ void run(const LinearCall& call) {
 #pragma omp parallel num_threads(call.num_threads)
   share_rows<Weight>(call);
   // Some again, to the same values.
-  if (!call.gate && call.num_outputs % ROWS) all_tokens<Weight>(call, call.num_outputs - ROWS);
+  if (!call.gate && call.num_outputs % ROWS) all_tokens<Weight>(call, later<Weight>(call), call.num_outputs - ROWS);
 }
 
 }  // namespace

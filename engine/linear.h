@@ -5,6 +5,7 @@
 // Weights are float32, or bf16 that is widened as it is read: half the bytes.
 #pragma once
 #include <cmath>
+#include <utility>
 
 #include "native.h"
 
@@ -12,8 +13,8 @@ namespace farspan {
 
 constexpr int TOKENS = 4;  // with
 constexpr int ROWS = 2;    // weight rows: 4 x 2 sums, 2 vectors of weights and one of x fit the registers of AVX2
-// Bytes ahead that weights are asked for: processors stop looking ahead where a page of memory ends.
-constexpr int AHEAD = 4096;
+// How many times further on memory is asked for: processors stop looking ahead where a page of memory ends.
+constexpr int AHEAD = 2;
 
 struct LinearCall {       // mirrored in linear.py
   const float* x;         // [num_tokens][num_inputs]
@@ -28,20 +29,41 @@ struct LinearCall {       // mirrored in linear.py
   float share;
 };
 
+// What is asked for while ROWS rows are multiplied: as many of later ones. Each group of tokens passes over the same rows
+// and asks for an equal part: memory works all the time, not in the first pass only.
+struct Later {
+  int64_t by;      // bytes from what is at hand to what is asked for
+  int64_t part;    // bytes of ROWS rows that one pass asks for
+  int64_t stride;  // bytes that an iteration asks for
+};
+
+template <typename Weight>
+inline Later later(const LinearCall& call) {
+  const int64_t num_passes = (call.num_tokens + TOKENS - 1) / TOKENS, vector = LANES * sizeof(Weight);
+  const int64_t row = call.num_inputs * sizeof(Weight);
+  return {AHEAD * (call.gate ? 1 : ROWS) * row, ROWS * row / num_passes, ROWS * vector / num_passes};
+}
+
 // sums [TOKEN_COUNT][ROWS] of tokens and rows of weights.
 template <int TOKEN_COUNT, typename Weight>
-inline void products(const LinearCall& call, int64_t token, const Weight* const* rows,
+inline void products(const LinearCall& call, const Later& later, int64_t token, const Weight* const* rows,
                      float (&result)[TOKEN_COUNT][ROWS]) {
+  static_assert(ROWS == 2);
+  // Iterations ask in turn: a gate's rows lie apart, others one behind another.
+  const int64_t asked = later.by + token / TOKENS * (call.gate ? later.part / ROWS : later.part);
+  const int64_t stride = call.gate ? later.stride : ROWS * later.stride;
+  const char* next = reinterpret_cast<const char*>(rows[0]) + asked;
+  const char* other = call.gate ? reinterpret_cast<const char*>(rows[1]) + asked : next + later.stride;
   const float* x = call.x + token * call.num_inputs;
   Floats sums[TOKEN_COUNT][ROWS];
   for (int t = 0; t < TOKEN_COUNT; ++t)
     for (int r = 0; r < ROWS; ++r) sums[t][r] = Floats{};
   for (int64_t i = 0; i < call.num_inputs; i += LANES) {
+    __builtin_prefetch(next);
+    next += stride;
+    std::swap(next, other);
     Floats weights[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-      weights[r] = load(rows[r] + i);
-      __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + i) + AHEAD);
-    }
+    for (int r = 0; r < ROWS; ++r) weights[r] = held(load(rows[r] + i));
     for (int t = 0; t < TOKEN_COUNT; ++t) {
       const Floats inputs = held(load(x + t * call.num_inputs + i));
       for (int r = 0; r < ROWS; ++r) sums[t][r] += inputs * weights[r];
@@ -53,11 +75,11 @@ inline void products(const LinearCall& call, int64_t token, const Weight* const*
 
 // ROWS outputs of TOKEN_COUNT tokens.
 template <int TOKEN_COUNT, typename Weight>
-inline void outputs(const LinearCall& call, int64_t token, int64_t row) {
+inline void outputs(const LinearCall& call, const Later& later, int64_t token, int64_t row) {
   const Weight* rows[ROWS];
   for (int r = 0; r < ROWS; ++r) rows[r] = static_cast<const Weight*>(call.weight) + (row + r) * call.num_inputs;
   float result[TOKEN_COUNT][ROWS];
-  products<TOKEN_COUNT, Weight>(call, token, rows, result);
+  products<TOKEN_COUNT, Weight>(call, later, token, rows, result);
   for (int t = 0; t < TOKEN_COUNT; ++t)
     for (int r = 0; r < ROWS; ++r) {
       const int64_t at = (token + t) * call.num_outputs + row + r;
@@ -68,42 +90,44 @@ inline void outputs(const LinearCall& call, int64_t token, int64_t row) {
 
 // One output of TOKEN_COUNT tokens.
 template <int TOKEN_COUNT, typename Weight>
-inline void gated(const LinearCall& call, int64_t token, int64_t row) {
+inline void gated(const LinearCall& call, const Later& later, int64_t token, int64_t row) {
   const Weight* rows[ROWS] = {static_cast<const Weight*>(call.gate) + row * call.num_inputs,
                               static_cast<const Weight*>(call.weight) + row * call.num_inputs};
   float result[TOKEN_COUNT][ROWS];
-  products<TOKEN_COUNT, Weight>(call, token, rows, result);
+  products<TOKEN_COUNT, Weight>(call, later, token, rows, result);
   for (int t = 0; t < TOKEN_COUNT; ++t)
     call.out[(token + t) * call.num_outputs + row] = result[t][0] / (1.0f + std::exp(-result[t][0])) * result[t][1];
 }
 
 template <int TOKEN_COUNT, typename Weight>
-inline void some_tokens(const LinearCall& call, int64_t token, int64_t row) {
-  call.gate ? gated<TOKEN_COUNT, Weight>(call, token, row) : outputs<TOKEN_COUNT, Weight>(call, token, row);
+inline void some_tokens(const LinearCall& call, const Later& later, int64_t token, int64_t row) {
+  call.gate ? gated<TOKEN_COUNT, Weight>(call, later, token, row)
+            : outputs<TOKEN_COUNT, Weight>(call, later, token, row);
 }
 
 template <typename Weight>
-inline void all_tokens(const LinearCall& call, int64_t row) {
+inline void all_tokens(const LinearCall& call, const Later& later, int64_t row) {
   int64_t token = 0;
-  for (; token + TOKENS <= call.num_tokens; token += TOKENS) some_tokens<TOKENS, Weight>(call, token, row);
+  for (; token + TOKENS <= call.num_tokens; token += TOKENS) some_tokens<TOKENS, Weight>(call, later, token, row);
   switch (call.num_tokens - token) {
-    case 3: return some_tokens<3, Weight>(call, token, row);
-    case 2: return some_tokens<2, Weight>(call, token, row);
-    case 1: return some_tokens<1, Weight>(call, token, row);
+    case 3: return some_tokens<3, Weight>(call, later, token, row);
+    case 2: return some_tokens<2, Weight>(call, later, token, row);
+    case 1: return some_tokens<1, Weight>(call, later, token, row);
   }
 }
 
 // A thread's part of the rows, an odd last one left out. For all threads of a team, which do not wait at the end.
 template <typename Weight>
 void share_rows(const LinearCall& call) {
+  const Later soon = later<Weight>(call);
   if (call.gate) {
 #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < call.num_outputs; ++row) all_tokens<Weight>(call, row);
+    for (int64_t row = 0; row < call.num_outputs; ++row) all_tokens<Weight>(call, soon, row);
     return;
   }
   const int64_t pairs = call.num_outputs / ROWS;
 #pragma omp for schedule(static) nowait
-  for (int64_t pair = 0; pair < pairs; ++pair) all_tokens<Weight>(call, pair * ROWS);
+  for (int64_t pair = 0; pair < pairs; ++pair) all_tokens<Weight>(call, soon, pair * ROWS);
 }
 
 }  // namespace farspan
