@@ -24,7 +24,6 @@ constexpr int PAGE_SIZE = 64;
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float LooseFloats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint16_t LooseHalves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int32_t LooseInts __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -34,9 +33,11 @@ inline Ints load(const int32_t* from) { return *reinterpret_cast<const LooseInts
 // From bf16, widened.
 inline Floats load(const uint16_t* from) {
 #if defined(__AVX512F__) && FARSPAN_LANES == 16
-  const Ints bits = reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  const auto halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const Ints bits = reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(halves));
 #elif defined(__AVX2__) && FARSPAN_LANES == 8
-  const Ints bits = reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  const auto halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const Ints bits = reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(halves));
 #else
   const Ints bits = __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(from), Ints);  // GCC: by halves
 #endif

@@ -29,8 +29,8 @@ struct LinearCall {       // mirrored in linear.py
   float share;
 };
 
-// What is asked for while ROWS rows are multiplied: as many of later ones. Each group of tokens passes over the same rows
-// and asks for an equal part: memory works all the time, not in the first pass only.
+// What is asked for while ROWS rows are multiplied: as many of later ones. Each group of tokens passes over the same
+// rows and asks for an equal part: memory works all the time, not in the first pass only.
 struct Later {
   int64_t by;      // bytes from what is at hand to what is asked for
   int64_t part;    // bytes of ROWS rows that one pass asks for

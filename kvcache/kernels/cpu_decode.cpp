@@ -20,7 +20,7 @@ constexpr int UNIT = 16;  // tokens that always lie side by side
 constexpr int TILE_UNITS = PAGE_SIZE / UNIT;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int KEYS = 4;   // keys scored together, and
-constexpr int HEADS = 3;  // query heads: 4 x 3 sums and 4 vectors of keys fill the registers of AVX2
+constexpr int HEADS = 3;  // query heads: 4 x 3 sums, 3 vectors of queries and one of keys fill the registers of AVX2
 
 }  // namespace
 
@@ -64,10 +64,22 @@ struct Tile {
   const float* v_scales[TILE_UNITS];
 };
 
-// What is read this many bytes on: processors stop looking ahead where a page of memory ends.
-constexpr int AHEAD = 4096;
-
-inline void ask_for(const void* soon) { __builtin_prefetch(static_cast<const char*>(soon) + AHEAD); }
+// to [KEYS] = the sum of each, in the order of sum_of.
+inline void store_sums(const Floats (&sums)[KEYS], float* to) {
+#if defined(__AVX__) && FARSPAN_LANES == 8
+  static_assert(KEYS == 4);
+  const auto halves = [](__m256 a, __m256 b) {  // a's in the low half, b's in the high one
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  };
+  const __m256 even = halves(sums[0], sums[2]), odd = halves(sums[1], sums[3]);
+  const __m256 pairs = _mm256_add_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
+  // Sums 0 1 0 1 | 2 3 2 3, each in two parts.
+  const __m128 low = _mm256_castps256_ps128(pairs), high = _mm256_extractf128_ps(pairs, 1);
+  _mm_storeu_ps(to, _mm_add_ps(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low)));
+#else
+  for (int i = 0; i < KEYS; ++i) to[i] = sum_of(sums[i]);
+#endif
+}
 
 // scores [HEAD_COUNT][PAGE_SIZE] of KEYS keys. q [HEAD_COUNT][D], k [KEYS][D]
 template <int HEAD_COUNT, typename Element>
@@ -76,18 +88,14 @@ inline void score_keys(const float* q, const Element* k, int64_t head_dim, float
   for (int g = 0; g < HEAD_COUNT; ++g)
     for (int i = 0; i < KEYS; ++i) sums[g][i] = Floats{};
   for (int64_t d = 0; d < head_dim; d += LANES) {
-    Floats keys[KEYS];
+    Floats queries[HEAD_COUNT];
+    for (int g = 0; g < HEAD_COUNT; ++g) queries[g] = held(load(q + g * head_dim + d));
     for (int i = 0; i < KEYS; ++i) {
-      keys[i] = load(k + i * head_dim + d);
-      ask_for(k + i * head_dim + d);
-    }
-    for (int g = 0; g < HEAD_COUNT; ++g) {
-      const Floats query = load(q + g * head_dim + d);
-      for (int i = 0; i < KEYS; ++i) sums[g][i] += query * keys[i];
+      const Floats key = held(load(k + i * head_dim + d));
+      for (int g = 0; g < HEAD_COUNT; ++g) sums[g][i] += queries[g] * key;
     }
   }
-  for (int g = 0; g < HEAD_COUNT; ++g)
-    for (int i = 0; i < KEYS; ++i) scores[g * PAGE_SIZE + i] = sum_of(sums[g][i]);
+  for (int g = 0; g < HEAD_COUNT; ++g) store_sums(sums[g], scores + g * PAGE_SIZE);
 }
 
 // out [HEAD_COUNT][D] += weights [HEAD_COUNT][PAGE_SIZE] times the values of a tile, VECTORS vectors of D from `d` on.
@@ -101,14 +109,11 @@ inline void add_columns(const float* weights, const Tile<Element>& tile, Keys ke
     const int unit = key / UNIT, end = std::min((unit + 1) * UNIT, keys.end);
     const Element* v = tile.v[unit] + key % UNIT * head_dim + d;
     for (; key < end; ++key, v += head_dim) {
-      Floats values[VECTORS];
+      Floats shares[HEAD_COUNT];
+      for (int g = 0; g < HEAD_COUNT; ++g) shares[g] = held(splat(weights[g * PAGE_SIZE + key]));
       for (int j = 0; j < VECTORS; ++j) {
-        values[j] = held(load(v + j * LANES));
-        ask_for(v + j * LANES);
-      }
-      for (int g = 0; g < HEAD_COUNT; ++g) {
-        const Floats weight = splat(weights[g * PAGE_SIZE + key]);
-        for (int j = 0; j < VECTORS; ++j) sums[g][j] += weight * values[j];
+        const Floats values = held(load(v + j * LANES));
+        for (int g = 0; g < HEAD_COUNT; ++g) sums[g][j] += shares[g] * values;
       }
     }
   }
@@ -174,22 +179,36 @@ struct Heads {
   float *top, *total, *out;
 };
 
-// Bring memory closer that is read soon: a page is too short for the processor to guess it by itself.
+// Bring memory closer that is read soon: a page is too short for the processor to guess it by itself. Codes to L1,
+// where two tiles of wider numbers have no room.
 template <typename Element>
 inline void fetch(const Element* from, int64_t count) {
   constexpr int64_t LINE = 64 / sizeof(Element);
-  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(from + i);
+  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(from + i, 0, IS_CODE<Element> ? 3 : 2);
+}
+
+// A part of a tile: `count` tokens of a unit.
+template <typename Element>
+inline void fetch_tokens(const Tile<Element>& tile, int unit, int token, int64_t count, int64_t head_dim) {
+  fetch(tile.k[unit] + token * head_dim, count * head_dim);
+  fetch(tile.v[unit] + token * head_dim, count * head_dim);
+  if constexpr (IS_CODE<Element>) {
+    if (token == 0) {  // a unit's scales are a line
+      __builtin_prefetch(tile.k_scales[unit]);
+      __builtin_prefetch(tile.v_scales[unit]);
+    }
+  }
 }
 
 template <int HEAD_COUNT, typename Element>
-void attend_tile(const Heads& heads, const Tile<Element>& tile, Keys keys, int64_t head_dim, float softcap) {
+void attend_tile(const Heads& heads, const Tile<Element>& tile, const Tile<Element>* soon, Keys keys, int64_t head_dim,
+                 float softcap) {
   alignas(64) float scores[HEAD_COUNT * PAGE_SIZE];
   for (int key = keys.first / KEYS * KEYS; key < keys.end;) {  // and a few at either end that do not count
     const int unit = key / UNIT, end = std::min((unit + 1) * UNIT, keys.end);
-    const int64_t offset = key % UNIT * head_dim;
-    const Element *k = tile.k[unit] + offset, *v = tile.v[unit] + offset;
-    for (; key < end; key += KEYS, k += KEYS * head_dim, v += KEYS * head_dim) {
-      fetch(v, KEYS * head_dim);
+    const Element* k = tile.k[unit] + key % UNIT * head_dim;
+    for (; key < end; key += KEYS, k += KEYS * head_dim) {
+      if (soon) fetch_tokens(*soon, unit, key % UNIT, KEYS, head_dim);
       score_keys<HEAD_COUNT>(heads.q, k, head_dim, scores + key);
     }
   }
@@ -230,21 +249,29 @@ Tile<Element> tile_at(const DecodeCall& call, int64_t row, int64_t first, int64_
   return tile;
 }
 
+// then: what this thread probably reads behind it, or null.
 template <typename Element>
-void attend_piece(const DecodeCall& call, const Piece& piece, float* top, float* total, float* out) {
+void attend_piece(const DecodeCall& call, const Piece& piece, const Piece* then, float* top, float* total, float* out) {
   const int64_t group = call.group_size, head_dim = call.head_dim;
   const float* q = call.q + piece.row * group * head_dim;
   const int64_t end = piece.first + piece.num_tokens;
-  for (int64_t first = piece.first / PAGE_SIZE * PAGE_SIZE; first < end; first += PAGE_SIZE) {
+  int64_t first = piece.first / PAGE_SIZE * PAGE_SIZE;
+  Tile<Element> tile = tile_at<Element>(call, piece.row, first, end), soon;
+  for (; first < end; first += PAGE_SIZE, tile = soon) {
+    const bool is_last = first + PAGE_SIZE >= end;
+    if (!is_last) soon = tile_at<Element>(call, piece.row, first + PAGE_SIZE, end);
+    if (is_last && then)
+      soon = tile_at<Element>(call, then->row, then->first / PAGE_SIZE * PAGE_SIZE, then->first + then->num_tokens);
+    const bool has_soon = !is_last || then;
     const Keys keys{static_cast<int>(std::max<int64_t>(0, piece.first - first)),
                     static_cast<int>(std::min<int64_t>(PAGE_SIZE, end - first))};
-    const Tile<Element> tile = tile_at<Element>(call, piece.row, first, end);
     for (int64_t g = 0; g < group; g += HEADS) {
       const Heads heads{q + g * head_dim, top + g, total + g, out + g * head_dim};
+      const Tile<Element>* next = has_soon && g == 0 ? &soon : nullptr;
       switch (std::min<int64_t>(HEADS, group - g)) {
-        case 3: attend_tile<3>(heads, tile, keys, head_dim, call.softcap); break;
-        case 2: attend_tile<2>(heads, tile, keys, head_dim, call.softcap); break;
-        default: attend_tile<1>(heads, tile, keys, head_dim, call.softcap);
+        case 3: attend_tile<3>(heads, tile, next, keys, head_dim, call.softcap); break;
+        case 2: attend_tile<2>(heads, tile, next, keys, head_dim, call.softcap); break;
+        default: attend_tile<1>(heads, tile, next, keys, head_dim, call.softcap);
       }
     }
   }
@@ -289,9 +316,11 @@ void run(DecodeCall call) {
   const int num_threads = static_cast<int>(std::clamp<size_t>(pieces.size(), 1, call.num_threads));
 #pragma omp parallel num_threads(num_threads)
   {
-    for (size_t i = next++; i < pieces.size(); i = next++)
-      attend_piece<Element>(call, pieces[i], &partials.top[i * group], &partials.total[i * group],
+    for (size_t i = next++; i < pieces.size(); i = next++) {
+      const Piece* then = i + num_threads < pieces.size() ? &pieces[i + num_threads] : nullptr;
+      attend_piece<Element>(call, pieces[i], then, &partials.top[i * group], &partials.total[i * group],
                             &partials.out[i * group * head_dim]);
+    }
 #pragma omp barrier
 #pragma omp for collapse(2)
     for (int64_t row = 0; row < call.num_rows; ++row)
