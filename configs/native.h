@@ -27,6 +27,7 @@ typedef float LooseFloats __attribute__((vector_size(LANES * 4), aligned(4), may
 typedef uint16_t LooseHalves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int32_t LooseInts __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Pair __attribute__((may_alias));  // two bf16 side by side, the even one in the low half
 
 inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 inline Ints load(const int32_t* from) { return *reinterpret_cast<const LooseInts*>(from); }
@@ -156,6 +157,19 @@ inline Floats exp2(Floats x) {
   return reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + (reinterpret_cast<Ints>(shifted) << 23));
 }
 
+// The same to 1e-4 of itself: enough for what is rounded to bf16 next.
+inline Floats exp2_for_bf16(Floats x) {
+#if defined(__AVX512F__) && FARSPAN_LANES == 16
+  const Floats rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // [0, 1), 0 of -inf
+  Floats power = 0.07802444f * rest + 0.22606731f;
+  power = power * rest + 0.69583346f;
+  power = power * rest + 0.99992523f;
+  return _mm512_scalef_ps(power, x);
+#else
+  return exp2(x);
+#endif
+}
+
 // tanh(x / 2 * ln(2)) = 1 - 2 / (1 + 2^x), to 1e-7.
 inline Floats tanh_of_half(Floats x) {
   x = -larger(-x, splat(-126.0f));
@@ -179,9 +193,38 @@ inline uint16_t float_to_bf16(float x) {
 
 // Pairs of bf16, the even one in the low half, rounded as above. Of finite values.
 inline Ints pair_of_bf16(Floats even, Floats odd) {
+#if defined(__AVX512BF16__) && FARSPAN_LANES == 16
+  // The instruction leaves the even ones in front of the odd ones.
+  const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  return reinterpret_cast<Ints>(_mm512_permutexvar_epi16(in_turn, halves));
+#else
   const Ints low = reinterpret_cast<Ints>(even), high = reinterpret_cast<Ints>(odd);
   const Ints rounded_low = low + 0x7fff + ((low >> 16) & 1), rounded_high = high + 0x7fff + ((high >> 16) & 1);
   return ((rounded_low >> 16) & 0xffff) | (rounded_high & ~0xffff);
+#endif
+}
+
+// To bf16, rounded as above; a NaN stays one.
+inline void store(uint16_t* to, Floats x) {
+#if defined(__AVX512BF16__) && FARSPAN_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+#else
+  const Ints bits = reinterpret_cast<Ints>(x);
+  const Ints rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(x == x ? rounded : Ints{} + 0x7fc0, LooseHalves);
+#endif
+}
+
+// sum + a.even * b.even + a.odd * b.odd, lane by lane, of pairs of bf16.
+inline Floats multiply_add(Ints a, Ints b, Floats sum) {
+#if defined(__AVX512BF16__) && FARSPAN_LANES == 16
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+  sum = multiply_add(reinterpret_cast<Floats>(a << 16), reinterpret_cast<Floats>(b << 16), sum);
+  return multiply_add(reinterpret_cast<Floats>(a & ~0xffff), reinterpret_cast<Floats>(b & ~0xffff), sum);
+#endif
 }
 
 inline void widen(const uint16_t* from, float* to, int64_t count) {

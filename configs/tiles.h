@@ -1,5 +1,4 @@
 // Products in tiles, as the C++ kernels over many rows compute them: rows of one factor stand side by side in lanes.
-#pragma once
 #include <cstdlib>
 #include <memory>
 
@@ -40,6 +39,26 @@ inline void multiply(const float* a, int64_t stride_i, int64_t stride_k, const f
       for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add(factor, row[j], sums[i][j]);
     }
   }
+  for (int i = 0; i < COUNT; ++i)
+    for (int j = 0; j < VECTORS; ++j) store(c + (i * VECTORS + j) * LANES, sums[i][j]);
+}
+
+// The same of pairs of bf16: sum over pairs k of a(i, k) and b [k][lanes], each the two products of its halves.
+template <int COUNT, int VECTORS, bool ADD>
+inline void multiply(const Pair* a, int64_t stride_i, int64_t stride_k, const Pair* b, float* c, int64_t num_k) {
+  Floats sums[COUNT][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < COUNT; ++i)
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = ADD ? load(c + (i * VECTORS + j) * LANES) : Floats{};
+  for (int64_t k = 0; k < num_k; ++k) {
+    Ints row[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) row[j] = load(b + (k * VECTORS + j) * LANES);
+    for (int i = 0; i < COUNT; ++i) {
+      const Ints factor = Ints{} + a[i * stride_i + k * stride_k];
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add(factor, row[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
   for (int i = 0; i < COUNT; ++i)
     for (int j = 0; j < VECTORS; ++j) store(c + (i * VECTORS + j) * LANES, sums[i][j]);
 }

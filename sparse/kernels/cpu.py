@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ class _AttentionCall(ctypes.Structure):
             )
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int32) for name in ("q_is_bf16", "pool_type", "use_brgemm", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("q_is_bf16", "pool_type", "bf16_products", "num_threads")),
     ]
 
 
@@ -59,10 +60,20 @@ def is_available() -> bool:
     return library(SOURCE) is not None
 
 
+class Bf16Products(IntEnum):
+    """How bf16 queries and keys are multiplied; mirrors the enum of cpu_attention.cpp."""
+
+    WIDENED = 0  # in float32, page by page
+    BY_PAIRS = 1  # AVX512_BF16
+    BY_TILES = 2  # AMX, through torch's brgemm
+
+
 @functools.cache
-def has_bf16_instructions() -> bool:
-    """Whether the processor multiplies bf16 itself; otherwise bf16 keys are widened to fp32, page by page."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+def bf16_products() -> Bf16Products:
+    """The fastest way that this processor has."""
+    if torch.cpu._is_amx_tile_supported():
+        return Bf16Products.BY_TILES
+    return Bf16Products.BY_PAIRS if torch.cpu._is_avx512_bf16_supported() else Bf16Products.WIDENED
 
 
 def attend(
@@ -140,7 +151,7 @@ def _launch(
         *(scale, features.softcap or 0.0),
         q.dtype == torch.bfloat16,
         POOL_DTYPES.index(k_pool.dtype),
-        q.dtype == torch.bfloat16 and head_dim % 16 == 0 and has_bf16_instructions(),
+        bf16_products() if q.dtype == torch.bfloat16 and head_dim % 16 == 0 else Bf16Products.WIDENED,
         torch.get_num_threads(),
     )
     kernels = library(SOURCE)

@@ -1,12 +1,13 @@
 // Block-sparse attention on CPU: one task per (query heads that share their keys, query block), longest list first.
 //
 // The heads of a task read the same keys, so their rows stand interleaved and a page is loaded once for all of them.
-// fp32 in cpu_panels.h; bf16 by brgemm in cpu_bf16.h, or, where the processor has no bf16 instructions, widened page
-// by page into fp32. Codes are widened likewise, into what the rows are multiplied in.
+// fp32 in cpu_panels.h. bf16 in cpu_pairs.h where the processor multiplies pairs of it, in cpu_brgemm.h where it has tiles,
+// elsewhere widened page by page into fp32. Codes are widened likewise, into what the rows are multiplied in.
 #include <atomic>
 #include <vector>
 
-#include "cpu_bf16.h"
+#include "cpu_brgemm.h"
+#include "cpu_pairs.h"
 #include "cpu_panels.h"
 
 namespace {
@@ -14,6 +15,9 @@ namespace {
 using namespace farspan;
 
 constexpr int32_t ALL = -1;
+
+// How bf16 is multiplied.
+enum Bf16Products : int32_t { WIDENED, BY_PAIRS, BY_TILES };
 
 // A position before every row's: keys that need no mask are said to start there.
 constexpr int64_t PAST = INT32_MIN;
@@ -50,7 +54,7 @@ struct AttentionCall {     // mirrored in cpu.py
   int64_t num_lists, num_query_blocks, query_block;
   int64_t window;          // keys that a row sees at most, its own the last; 0 = all. Then no units are gathered
   float scale, softcap;    // softcap 0 = none
-  int32_t q_is_bf16, pool_type, use_brgemm, num_threads;
+  int32_t q_is_bf16, pool_type, bf16_products, num_threads;  // bf16_products: of bf16 queries
 };
 
 }  // extern "C"
@@ -223,16 +227,14 @@ void run_all(const AttentionCall& call) {
   }
 }
 
-}  // namespace
-
-namespace {
-
+// Of pages that are bf16 or become it.
 template <typename Element>
-void run_codes(const AttentionCall& call) {
-  if (call.use_brgemm)
-    run_all<Element, uint16_t, BrgemmRows>(call);
-  else
-    run_all<Element, float, PanelRows>(call);
+void run_pages(const AttentionCall& call) {
+  switch (call.bf16_products) {
+    case BY_PAIRS: return run_all<Element, uint16_t, PairRows>(call);
+    case BY_TILES: return run_all<Element, uint16_t, BrgemmRows>(call);
+    default: return run_all<Element, float, PanelRows>(call);
+  }
 }
 
 }  // namespace
@@ -240,12 +242,8 @@ void run_codes(const AttentionCall& call) {
 extern "C" void farspan_attend(const AttentionCall* call) {
   switch (call->pool_type) {
     case POOL_FP32: return run_all<float, float, PanelRows>(*call);
-    case POOL_INT8: return run_codes<int8_t>(*call);
-    case POOL_FP8: return run_codes<Fp8>(*call);
-    default:
-      if (call->use_brgemm)
-        run_all<uint16_t, uint16_t, BrgemmRows>(*call);
-      else
-        run_all<uint16_t, float, PanelRows>(*call);
+    case POOL_INT8: return run_pages<int8_t>(*call);
+    case POOL_FP8: return run_pages<Fp8>(*call);
+    default: return run_pages<uint16_t>(*call);
   }
 }

@@ -62,7 +62,7 @@ struct Results {
   }
   void put(int64_t place, Floats x) const {
     if (is_bf16)
-      for (int i = 0; i < LANES; ++i) put(place + i, x[i]);
+      store(static_cast<uint16_t*>(out) + place, x);
     else
       store(static_cast<float*>(out) + place, x);
   }
@@ -106,13 +106,20 @@ inline void cap(float* scores, int64_t stride, int num_keys, const Logits& logit
     }
 }
 
-// Turns the scores [key], `stride` floats apart, of the visible keys into weights, in place.
+// What turns scores into weights: 2^(score * factor - top).
 template <int VECTORS>
-inline void to_weights(float* scores, int64_t stride, const Lanes& lanes, int64_t head_dim, int64_t first,
-                       Visible visible, const Logits& logits) {
+struct Exponents {
+  float factor;
+  Floats top[VECTORS];
+};
+
+// Masks and caps the scores [key], `stride` floats apart, of the visible keys, in place; raises the rows' maxima.
+template <int VECTORS>
+inline Exponents<VECTORS> exponents(float* scores, int64_t stride, const Lanes& lanes, int64_t head_dim, int64_t first,
+                                    Visible visible, const Logits& logits) {
   const float factor = logits.softcap > 0 ? 1.0f : logits.factor;
   if (logits.softcap > 0) cap<VECTORS>(scores, stride, visible.any, logits);
-  Floats top[VECTORS], sum[VECTORS];
+  Floats top[VECTORS];
   for (int j = 0; j < VECTORS; ++j) top[j] = splat(-INFINITY);
   for (int key = 0; key < visible.all; ++key)
     for (int j = 0; j < VECTORS; ++j) top[j] = larger(load(scores + key * stride + j * LANES), top[j]);
@@ -146,11 +153,22 @@ inline void to_weights(float* scores, int64_t stride, const Lanes& lanes, int64_
         store(place, load(place) * shrink[j]);
       }
   }
+  Exponents<VECTORS> result{factor, {}};
+  for (int j = 0; j < VECTORS; ++j) result.top[j] = top[j];
+  return result;
+}
+
+// Turns the scores [key], `stride` floats apart, of the visible keys into weights, in place.
+template <int VECTORS>
+inline void to_weights(float* scores, int64_t stride, const Lanes& lanes, int64_t head_dim, int64_t first,
+                       Visible visible, const Logits& logits) {
+  const Exponents<VECTORS> by = exponents<VECTORS>(scores, stride, lanes, head_dim, first, visible, logits);
+  Floats sum[VECTORS];
   for (int j = 0; j < VECTORS; ++j) sum[j] = load(lanes.sum + j * LANES);
   for (int key = 0; key < visible.any; ++key)
     for (int j = 0; j < VECTORS; ++j) {
       float* place = scores + key * stride + j * LANES;
-      const Floats weight = exp2(load(place) * factor - top[j]);
+      const Floats weight = exp2(load(place) * by.factor - by.top[j]);
       store(place, weight);
       sum[j] += weight;
     }
@@ -166,6 +184,7 @@ class RowState {
   static int64_t round_up(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
 
   int64_t padded() const { return padded_; }  // rows of `queries`, up to whole vectors
+  int64_t last_position() const { return position_[padded_ - 1]; }
   int64_t width(int64_t first) const { return std::min<int64_t>(PANEL, padded_ - first); }  // of the panel there
 
   void begin(const Queries& queries) {

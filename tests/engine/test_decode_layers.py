@@ -129,7 +129,7 @@ def test_a_layer_gives_its_own_answer_and_tokens_do_not_meet(family: str, bf16: 
 
 
 def test_what_computes_something_else_is_left_alone() -> None:
-    network = tiny_model()
+    network = small("llama")
     network.model.layers[1].post_attention_layernorm.variance_epsilon = 1e-6
     theirs = type(network.model.layers[2]).forward
 

@@ -11,6 +11,7 @@ from configs.features import Features
 from sparse.attention import Attend
 from sparse.attention import attend as attend_in_torch
 from sparse.kernels import cpu
+from sparse.kernels.cpu import Bf16Products
 from sparse.selection import dense
 from tests.reference import attention, causal
 from tests.sparse.builders import make_chunk, make_keys, make_qkv, random_selection, selected_mask
@@ -69,13 +70,14 @@ def test_features_follow_their_formulae(attend: Attend, name: str, lists: tuple[
 @needs_compiler
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("lists", [None, (2, 128)])
+@pytest.mark.parametrize("products", [Bf16Products.BY_PAIRS, Bf16Products.BY_TILES])
 def test_other_processors_agree(
-    monkeypatch: pytest.MonkeyPatch, name: str, lists: tuple[int, int] | None
+    monkeypatch: pytest.MonkeyPatch, name: str, lists: tuple[int, int] | None, products: Bf16Products
 ) -> None:
-    """Vectors of 16 lanes in fp32, and bf16 by brgemm, spelled out in loops."""
+    """Vectors of 16 lanes in fp32, and products of bf16, spelled out where they must be."""
     kernels = native.load_library(cpu.SOURCE, "-DFARSPAN_LANES=16", "-DFARSPAN_BRGEMM_BY_LOOPS")
     monkeypatch.setattr(cpu, "library", lambda source: kernels)
-    monkeypatch.setattr(cpu, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(cpu, "bf16_products", lambda: products)
     q, k, v = make_qkv(250, 70, 6, 2)
     expect(cpu.attend, q, k, v, 250, FEATURES[name], lists)
     expect(cpu.attend, q.bfloat16(), k.bfloat16(), v.bfloat16(), 250, FEATURES[name], lists, atol=4e-2)

@@ -11,6 +11,7 @@ from configs import native
 from sparse.attention import Attended
 from sparse.attention import attend as attend_in_torch
 from sparse.kernels import cpu
+from sparse.kernels.cpu import Bf16Products
 from sparse.selection import ALL, ExactRows, Selection, dense, lists_from_mask
 from tests.reference import attention, causal
 from tests.sparse.builders import make_chunk, make_keys, make_qkv, random_selection, selected_mask
@@ -23,12 +24,12 @@ LENGTHS = (1, 17, 64, 65, 129, 300)
 HEADS = ((2, 2), (6, 2), (4, 1))  # G of 1, 3, 4
 
 
-@pytest.fixture
-def other_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs what AVX-512 with bf16 runs: vectors of 16 lanes, and brgemm, spelled out in loops."""
+@pytest.fixture(params=[Bf16Products.BY_PAIRS, Bf16Products.BY_TILES])
+def other_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs what AVX-512 with bf16 runs: vectors of 16 lanes, and products spelled out where they must be."""
     kernels = native.load_library(cpu.SOURCE, "-DFARSPAN_LANES=16", "-DFARSPAN_BRGEMM_BY_LOOPS")
     monkeypatch.setattr(cpu, "library", lambda source: kernels)
-    monkeypatch.setattr(cpu, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(cpu, "bf16_products", lambda: request.param)
 
 
 def expect(
@@ -74,8 +75,13 @@ def test_every_head_size_is_served(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-def test_bf16_is_rounded_once(head_dim: int) -> None:
+@pytest.mark.parametrize("products", [Bf16Products.WIDENED, None])
+def test_bf16_is_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, products: Bf16Products | None
+) -> None:
     """Without bf16 instructions all is computed in fp32: what is left is the rounding of the output."""
+    products = cpu.bf16_products() if products is None else products  # None: this processor's
+    monkeypatch.setattr(cpu, "bf16_products", lambda: products)
     chunk = make_chunk(70, 140)
     q, k, v = (x.bfloat16() for x in make_qkv(70, 140, 6, 2, head_dim))
     keys, selection = make_keys(k, v), random_selection(chunk, 2, 64, 8)
@@ -83,7 +89,7 @@ def test_bf16_is_rounded_once(head_dim: int) -> None:
     mask = selected_mask(selection, chunk)
     expect(got, q, k, v, mask, atol=3e-2, rtol=1e-2)  # bf16
     lse = attention(q.double(), k.double(), v.double(), mask.repeat_interleave(3, 0), SCALE)[1]
-    atol = 3e-2 if cpu.has_bf16_instructions() else 2e-5
+    atol = 3e-2 if products else 2e-5
     torch.testing.assert_close(got.lse.double(), lse, atol=atol, rtol=atol)
 
 
@@ -130,7 +136,15 @@ def test_rows_before_every_selected_key_are_empty_not_nan() -> None:
 
 
 def test_what_is_not_selected_is_not_read() -> None:
-    q, k, v = make_qkv(500, 140, 4, 2)
+    expect_unread(torch.float32)
+
+
+def test_what_is_not_selected_is_not_read_in_bf16(other_processor: None) -> None:
+    expect_unread(torch.bfloat16)
+
+
+def expect_unread(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in make_qkv(500, 140, 4, 2))
     chunk = make_chunk(500, 140)
     selection = random_selection(chunk, 2, 64, 8, density=0.3)
     selection.pages.counts.masked_fill_(selection.pages.counts == ALL, 0)

@@ -12,6 +12,7 @@ from sparse.attention import Attend
 from sparse.attention import attend as attend_in_torch
 from sparse.estimator import estimate
 from sparse.kernels import cpu
+from sparse.kernels.cpu import Bf16Products
 from sparse.page_scores import key_pages
 from sparse.selection import dense
 from tests.reference import attention, causal
@@ -65,15 +66,15 @@ def test_a_dropped_page_of_codes_is_not_read(attend: Attend, features: Features)
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("by_brgemm", [False, True])
+@pytest.mark.parametrize("products", Bf16Products)
 def test_bf16_queries_read_codes(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by_brgemm: bool
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: Bf16Products
 ) -> None:
-    """Where the processor multiplies bf16, codes are widened to that; here its brgemm is spelled in loops."""
-    if by_brgemm:
+    """Where the processor multiplies bf16, codes are widened to that; here its products are spelled out."""
+    if products:
         kernels = native.load_library(cpu.SOURCE, "-DFARSPAN_LANES=16", "-DFARSPAN_BRGEMM_BY_LOOPS")
         monkeypatch.setattr(cpu, "library", lambda source: kernels)
-    monkeypatch.setattr(cpu, "has_bf16_instructions", lambda: by_brgemm)
+    monkeypatch.setattr(cpu, "bf16_products", lambda: products)
     q, k, v = make_qkv(250, 70, 6, 2)
     q, keys, chunk = q.bfloat16(), make_keys(k, v).quantised(dtype), make_chunk(250, 70)
     k, v = keys.contiguous()
@@ -82,7 +83,7 @@ def test_bf16_queries_read_codes(
     mask = selected_mask(selection, chunk).repeat_interleave(3, 0)
     out, lse = attention(q.double(), k.double(), v.double(), mask, SCALE)
     torch.testing.assert_close(got.out.double(), out, atol=3e-2, rtol=1e-2)  # bf16
-    atol = 3e-2 if by_brgemm else 2e-5
+    atol = 3e-2 if products else 2e-5
     torch.testing.assert_close(got.lse.double(), lse, atol=atol, rtol=atol)
 
 
