@@ -81,7 +81,7 @@ def whole_step(
     kernels: Kernels, cache: Holdings, method: DecodeMethod, destinations: Tensor, rows: Rows
 ) -> WholeStep | None:
     """Where all that is held is read, nothing follows new keys, and both kernels are those of the CPU."""
-    is_plain = isinstance(method, Full) and not cache.states.is_kept_up and cache.dtype == torch.float32
+    is_plain = isinstance(method, Full) and not cache.states.is_kept_up and cache.dtype in cpu_store.DTYPES
     store = kvcache.moves.store if cache.pool.k_scales is None else cpu_store.store
     if not is_plain or kernels.attend_rows is not cpu.attend_rows or cache.moves.store is not store:
         return None
@@ -128,7 +128,14 @@ class ForwardBatch:
     runs: list[ChunkRun] = field(default_factory=list)
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [Hq, T, D], k and v [Hkv, T, D] of the new tokens, after RoPE -> out [T, Hq, D]."""
+        """q [Hq, T, D], k and v [Hkv, T, D] of the new tokens, after RoPE -> out [T, Hq, D].
+
+        A model may compute in float32 around keys and values of fewer bits.
+        """
+        kept = self.cache.dtype
+        return self._attend(layer, q.to(kept), k.to(kept), v.to(kept)).to(q.dtype)
+
+    def _attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if len(self.decodes) == 1 and not self.runs:
             return self._attend_decodes(self.decodes[0], layer, q, k, v)
         num_heads, num_tokens, head_dim = q.shape

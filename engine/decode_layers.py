@@ -82,7 +82,7 @@ class _Parts:
     def _fit(self, lanes: int) -> bool:
         linears, heads = self.projections.values(), [one for one in self.head_norms.values() if one]
         return (
-            all(type(one) is CpuLinear and one.out_features % 2 == 0 for one in linears)
+            all(isinstance(one, CpuLinear) and one.out_features % 2 == 0 for one in linears)
             and len({one.weight.dtype for one in linears}) == 1
             and all(isinstance(one, Norm) for one in (*self.norms.values(), *heads))
             and all(one.weight.shape == (self.head_dim,) for one in heads)

@@ -114,9 +114,10 @@ class GatedMLP(nn.Module):
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let a float32 model on CPU use layers.cpp, where it can be had and fits."""
+    """Let a model on CPU that computes in float32 use layers.cpp, where it can be had and fits."""
     kernels = _kernels()
-    if kernels is None or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+    small = (parameter for parameter in model.parameters() if parameter.dim() == 1)
+    if kernels is None or any(parameter.dtype != torch.float32 for parameter in small):
         return
     lanes = kernels.farspan_lanes()
     classes: dict[type[nn.Module], Any] = {}  # HuggingFace's, and what takes its place

@@ -21,5 +21,6 @@ extern "C" void farspan_linear(const LinearCall* call) { call->bf16 ? run<uint16
 
 // Without gate and residual.
 extern "C" void farspan_linear_many(const LinearCall* call) {
-  call->bf16 ? many_tokens<uint16_t>(*call) : many_tokens<float>(*call);
+  if (!call->bf16) return many_tokens<float, false>(*call);
+  call->in_pairs ? many_tokens<uint16_t, true>(*call) : many_tokens<uint16_t, false>(*call);
 }

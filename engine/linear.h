@@ -26,6 +26,7 @@ struct LinearCall {       // mirrored in linear.py
   int64_t num_tokens, num_inputs, num_outputs;  // num_inputs: whole vectors; num_outputs: at least ROWS
   int32_t num_threads;
   int32_t bf16;  // weight and gate are; else float32
+  int32_t in_pairs;  // many tokens are rounded to bf16 and multiplied in pairs with weights that are
   float share;
 };
 

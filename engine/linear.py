@@ -3,19 +3,27 @@
 A decode step multiplies every weight with one row per sequence; BLAS libraries are made for many rows.
 Reading the weights is most of it: in bf16 they are half as long. Chunks of prompts go through linear.cpp
 where that is the faster (benchmarks/linear.py compares).
+
+A bf16 model keeps its weights and computes in float32 around them, where all its large weights can be used:
+`compute_in_float32`. It is nearer to what its weights mean, and everything written for float32 serves it.
 """
 
 import ctypes
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from configs.bf16_products import Bf16Products, bf16_products
 from configs.native import library
 
 SOURCE = Path(__file__).with_name("linear.cpp")
 MOST_TOKENS = 16  # that count as few
-MANY_WITH_LANES = 8  # AVX2: with other vectors nobody has compared, and torch multiplies many tokens
+MANY_WITH_LANES = (
+    8,
+    16,
+)  # AVX2 and AVX-512: with others nobody has compared, and torch multiplies many tokens
 WEIGHTS = (torch.float32, torch.bfloat16)
 
 
@@ -25,7 +33,7 @@ class _LinearCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "gate", "bias", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_inputs", "num_outputs")),
-        *((name, ctypes.c_int32) for name in ("num_threads", "bf16")),
+        *((name, ctypes.c_int32) for name in ("num_threads", "bf16", "in_pairs")),
         ("share", ctypes.c_float),
     ]
 
@@ -36,12 +44,20 @@ class CpuLinear(nn.Linear):
     Weights may be bf16: they are widened as they are read.
     """
 
+    in_bf16: ClassVar[bool] = False  # whether many tokens may be rounded to it
+
     def forward(self, input: Tensor) -> Tensor:
         if input.numel() == 0:
             return nn.functional.linear(input, self.weight.float(), self.bias)
         if input.numel() <= MOST_TOKENS * self.in_features:
             return linear(input, self.weight, self.bias)
-        return linear_many(input, self.weight, self.bias)
+        return linear_many(input, self.weight, self.bias, in_bf16=self.in_bf16)
+
+
+class Bf16Linear(CpuLinear):
+    """The same with bf16 weights; chunks are multiplied in bf16 if the processor can. Sums are float32."""
+
+    in_bf16 = True
 
 
 def can_be_fast() -> bool:
@@ -51,15 +67,17 @@ def can_be_fast() -> bool:
 
 def speed_up_decode(model: nn.Module) -> None:
     """Let float32 linear layers of a model use linear.cpp, where it can be had. Weights stay as they are."""
-    kernels = library(SOURCE)
-    if kernels is None:
-        return
     for module in model.modules():
-        if type(module) is not nn.Linear or module.out_features < 2:
-            continue
-        fits = module.in_features % kernels.farspan_lanes() == 0
-        if fits and module.weight.dtype == torch.float32 and module.weight.is_contiguous():
+        if _fits(module) and module.weight.dtype == torch.float32:
             module.__class__ = CpuLinear
+
+
+def _fits(module: Any) -> bool:
+    """Whether linear.cpp can multiply with its weights."""
+    kernels = library(SOURCE)
+    if kernels is None or type(module) is not nn.Linear or module.out_features < 2:
+        return False
+    return module.in_features % kernels.farspan_lanes() == 0 and module.weight.is_contiguous()
 
 
 class _Bf16Embedding(nn.Embedding):
@@ -74,16 +92,37 @@ def keep_in_bf16(model: nn.Module) -> None:
 
     After `speed_up_decode`: what that left alone stays as it is, and so do the weights it shares.
     """
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module)
-    for parameter, modules in owners.items():
+    for parameter, modules in _owners(model).items():
         if parameter.dim() == 2 and all(type(module) in (CpuLinear, nn.Embedding) for module in modules):
             parameter.data = parameter.data.bfloat16()
             for module in modules:
                 if isinstance(module, nn.Embedding):
                     module.__class__ = _Bf16Embedding
+
+
+def compute_in_float32(model: nn.Module) -> bool:
+    """Of a bf16 model, keep linear layers and embeddings in bf16, and compute in float32 around them.
+
+    False where some large weight belongs to something else: nothing is changed, all is computed in bf16.
+    """
+    owners = _owners(model)
+    large = [module for parameter, modules in owners.items() if parameter.dim() > 1 for module in modules]
+    if not all(_fits(module) or type(module) is nn.Embedding for module in large):
+        return False
+    for tensor in (*owners, *model.buffers()):
+        if tensor.dim() <= 1 and tensor.dtype == torch.bfloat16:
+            tensor.data = tensor.data.float()
+    for module in large:
+        module.__class__ = _Bf16Embedding if isinstance(module, nn.Embedding) else Bf16Linear
+    return True
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    return owners
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,16 +131,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _launch("farspan_linear", x, weight, bias)
 
 
-def linear_many(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for many tokens. With AVX2, what a token gets does not depend on how many come along."""
+def linear_many(x: Tensor, weight: Tensor, bias: Tensor | None, *, in_bf16: bool = False) -> Tensor:
+    """The same for many tokens; in_bf16: rounded to bf16, as bf16 weights are, where that is the faster.
+
+    In linear.cpp, what a token gets does not depend on how many come along.
+    """
     kernels = library(SOURCE)
     assert kernels is not None, "speed_up_decode has seen to that"
-    if kernels.farspan_lanes() != MANY_WITH_LANES:
+    if in_bf16 and weight.dtype == torch.bfloat16 and bf16_products() != Bf16Products.WIDENED:
+        if bf16_products() == Bf16Products.BY_PAIRS:
+            return _launch("farspan_linear_many", x, weight, bias, in_pairs=True)
+        bias = None if bias is None else bias.bfloat16()
+        return nn.functional.linear(x.bfloat16(), weight, bias).float()
+    if kernels.farspan_lanes() not in MANY_WITH_LANES:
         return nn.functional.linear(x, weight.float(), bias)  # float32 stays as it is
     return _launch("farspan_linear_many", x, weight, bias)
 
 
-def _launch(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _launch(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, in_pairs: bool = False) -> Tensor:
     kernels = library(SOURCE)
     assert kernels is not None, "speed_up_decode has seen to that"
     x = x.contiguous()
@@ -122,6 +169,7 @@ def _launch(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         *(x.numel() // num_inputs, num_inputs, num_outputs),
         torch.get_num_threads(),
         weight.dtype == torch.bfloat16,
+        in_pairs,
     )
     getattr(kernels, name)(ctypes.byref(call))
     return out

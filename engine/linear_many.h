@@ -2,6 +2,8 @@
 //
 // A task is some tokens and some weight rows, which pass through the caches in blocks of inputs. Every (token, row) has
 // one sum, in the order of the inputs: a result never depends on batch mates, on threads, or on where chunks are cut.
+//
+// bf16 weights are widened to float32, or multiplied as they are, in pairs of inputs, with tokens rounded likewise.
 #pragma once
 #include <algorithm>
 
@@ -17,14 +19,16 @@ constexpr int64_t TASK_PANELS = 2;
 constexpr int64_t TASK_TOKENS = TASK_PANELS * PANEL;
 static_assert(BLOCK_INPUTS % LANES == 0 && TASK_ROWS % TILE == 0 && TASK_ROWS % LANES == 0);
 
-template <typename Weight>
+template <typename Weight, bool IN_PAIRS>
 class ManyTokens {
  public:
+  using Factor = std::conditional_t<IN_PAIRS, int32_t, float>;  // what is multiplied: a pair of inputs, or one
+
   explicit ManyTokens(const LinearCall& call)
       : call_(call),
-        inputs_(TASK_PANELS * BLOCK_INPUTS * PANEL),
+        inputs_(TASK_PANELS * BLOCK_INPUTS / STEP * PANEL),
         sums_(TASK_PANELS * TASK_ROWS * PANEL),
-        wide_((IS_WIDE ? TILE : TASK_ROWS) * BLOCK_INPUTS) {}
+        copied_((LIES_READY ? TILE : TASK_ROWS) * BLOCK_INPUTS / STEP) {}
 
   // The products of tokens [token, token + num_tokens) with rows [row, row + num_rows).
   void run(int64_t token, int64_t num_tokens, int64_t row, int64_t num_rows) {
@@ -34,7 +38,7 @@ class ManyTokens {
       const Rows weights = weights_at(row, num_rows, input, num_inputs);
       for (int64_t panel = 0; panel < num_panels; ++panel) {
         const int64_t first = panel * PANEL, count = std::min<int64_t>(PANEL, num_tokens - first);
-        float* inputs = &inputs_[panel * BLOCK_INPUTS * PANEL];
+        Factor* inputs = &inputs_[panel * BLOCK_INPUTS / STEP * PANEL];
         float* sums = &sums_[panel * TASK_ROWS * PANEL];
         const float* x = call_.x + (token + first) * call_.num_inputs + input;
         switch ((count + LANES - 1) / LANES) {
@@ -54,35 +58,41 @@ class ManyTokens {
   }
 
  private:
-  static constexpr bool IS_WIDE = std::is_same_v<Weight, float>;
+  static constexpr int64_t STEP = IN_PAIRS ? 2 : 1;  // inputs of a factor
+  static constexpr bool LIES_READY = IN_PAIRS || std::is_same_v<Weight, float>;
 
-  // Weights of inputs [input, input + num_inputs) as float32, [rows][.]: where they lie, or widened.
+  // Weights of inputs [input, input + num_inputs) as factors, [rows][.]: where they lie, or widened.
   struct Rows {
-    const float* whole;  // tiles of them
+    const Factor* whole;  // tiles of them
     int64_t stride;
-    const float* rest;  // one tile, `num_inputs` floats apart, zeros behind the last row
+    const Factor* rest;  // one tile, its rows num_inputs / STEP apart, zeros behind the last one
   };
 
   Rows weights_at(int64_t row, int64_t num_rows, int64_t input, int64_t num_inputs) {
     const Weight* weights = static_cast<const Weight*>(call_.weight) + row * call_.num_inputs + input;
-    const int64_t num_whole = num_rows / TILE * TILE;
-    const int64_t first = IS_WIDE ? num_whole : 0;  // that is copied
-    for (int64_t i = first; i < num_rows; ++i)
-      for (int64_t k = 0; k < num_inputs; k += LANES)
-        store(&wide_[(i - first) * num_inputs + k], load(weights + i * call_.num_inputs + k));
+    const int64_t num_whole = num_rows / TILE * TILE, stride = num_inputs / STEP;
+    const int64_t first = LIES_READY ? num_whole : 0;  // that is copied
+    for (int64_t i = first; i < num_rows; ++i) {
+      const Weight* from = weights + i * call_.num_inputs;
+      Factor* to = &copied_[(i - first) * stride];
+      if constexpr (IN_PAIRS)
+        std::memcpy(to, from, num_inputs * sizeof(Weight));
+      else
+        for (int64_t k = 0; k < num_inputs; k += LANES) store(to + k, load(from + k));
+    }
     if (num_whole < num_rows)
-      std::fill(&wide_[(num_rows - first) * num_inputs], &wide_[(num_whole - first + TILE) * num_inputs], 0.0f);
-    const float* rest = &wide_[(num_whole - first) * num_inputs];
-    if constexpr (IS_WIDE)
-      return {weights, call_.num_inputs, rest};
+      std::fill(&copied_[(num_rows - first) * stride], &copied_[(num_whole - first + TILE) * stride], Factor{0});
+    const Factor* rest = &copied_[(num_whole - first) * stride];
+    if constexpr (LIES_READY)
+      return {reinterpret_cast<const Factor*>(weights), call_.num_inputs / STEP, rest};
     else
-      return {&wide_[0], num_inputs, rest};
+      return {&copied_[0], stride, rest};
   }
 
   // Adds what these inputs of a panel's tokens contribute. inputs [.][width] is where they are laid, sums [rows][width].
   template <int VECTORS>
   void add(const float* x, int64_t count, const Rows& weights, int64_t num_rows, int64_t num_inputs, bool goes_on,
-           float* inputs, float* sums) {
+           Factor* inputs, float* sums) {
     constexpr int WIDTH = VECTORS * LANES;
     for (int lane = 0; lane < WIDTH; lane += LANES)
       for (int64_t k = 0; k < num_inputs; k += LANES) {
@@ -90,21 +100,25 @@ class ManyTokens {
         for (int i = 0; i < std::min<int64_t>(LANES, count - lane); ++i)
           block[i] = load(x + (lane + i) * call_.num_inputs + k);
         transpose(block);
-        for (int i = 0; i < LANES; ++i) store(inputs + (k + i) * WIDTH + lane, block[i]);
+        Factor* to = inputs + k / STEP * WIDTH + lane;
+        if constexpr (IN_PAIRS)
+          for (int i = 0; i < LANES; i += 2) store(to + i / 2 * WIDTH, pair_of_bf16(block[i], block[i + 1]));
+        else
+          for (int i = 0; i < LANES; ++i) store(to + i * WIDTH, block[i]);
       }
-    goes_on ? add_rows<VECTORS, true>(weights, num_rows, num_inputs, inputs, sums)
-            : add_rows<VECTORS, false>(weights, num_rows, num_inputs, inputs, sums);
+    goes_on ? add_rows<VECTORS, true>(weights, num_rows, num_inputs / STEP, inputs, sums)
+            : add_rows<VECTORS, false>(weights, num_rows, num_inputs / STEP, inputs, sums);
   }
 
   template <int VECTORS, bool ADD>
-  void add_rows(const Rows& weights, int64_t num_rows, int64_t num_inputs, const float* inputs, float* sums) {
+  void add_rows(const Rows& weights, int64_t num_rows, int64_t num_factors, const Factor* inputs, float* sums) {
     constexpr int WIDTH = VECTORS * LANES;
     int64_t row = 0;
     for (; row + TILE <= num_rows; row += TILE)
       multiply<TILE, VECTORS, ADD>(weights.whole + row * weights.stride, weights.stride, 1, inputs, sums + row * WIDTH,
-                                   num_inputs);
+                                   num_factors);
     if (row < num_rows)
-      multiply<TILE, VECTORS, ADD>(weights.rest, num_inputs, 1, inputs, sums + row * WIDTH, num_inputs);
+      multiply<TILE, VECTORS, ADD>(weights.rest, num_factors, 1, inputs, sums + row * WIDTH, num_factors);
   }
 
   // One vector of tokens from sums [rows], `width` floats apart.
@@ -124,12 +138,12 @@ class ManyTokens {
   }
 
   const LinearCall& call_;
-  Buffer<float> inputs_;  // per panel [BLOCK_INPUTS][width]
-  Buffer<float> sums_;    // per panel [TASK_ROWS][width]
-  Buffer<float> wide_;    // [rows][inputs] of weights that do not lie as they are read
+  Buffer<Factor> inputs_;  // per panel [BLOCK_INPUTS / STEP][width]
+  Buffer<float> sums_;     // per panel [TASK_ROWS][width]
+  Buffer<Factor> copied_;  // [rows][inputs / STEP] of weights that do not lie as they are read
 };
 
-template <typename Weight>
+template <typename Weight, bool IN_PAIRS>
 void many_tokens(const LinearCall& call) {
   const int64_t num_parts = (call.num_tokens + TASK_TOKENS - 1) / TASK_TOKENS;
   int64_t rows = TASK_ROWS;  // of a task: fewer where threads would find no work
@@ -137,7 +151,7 @@ void many_tokens(const LinearCall& call) {
   const int64_t num_blocks = (call.num_outputs + rows - 1) / rows;
 #pragma omp parallel num_threads(call.num_threads)
   {
-    ManyTokens<Weight> worker(call);
+    ManyTokens<Weight, IN_PAIRS> worker(call);
 #pragma omp for collapse(2) schedule(dynamic) nowait
     for (int64_t part = 0; part < num_parts; ++part)
       for (int64_t block = 0; block < num_blocks; ++block)

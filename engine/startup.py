@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
+from configs.bf16_products import bf16_products
 from configs.errors import ConfigError
 from configs.grammars import Grammars
 from configs.loading import load_plan
@@ -24,7 +25,7 @@ from engine.dense_prefill import with_fastest_dense
 from engine.engine import Engine
 from engine.kernels import Kernels, kernels_for
 from engine.layers import fuse_layers
-from engine.linear import can_be_fast, keep_in_bf16, speed_up_decode
+from engine.linear import can_be_fast, compute_in_float32, keep_in_bf16, speed_up_decode
 from engine.messages import ModelCard, Sampling, Submit
 from engine.models import end_tokens, load_model, model_info, prepare_model
 from engine.plans import ResolvedPlan, resolve_plans
@@ -159,6 +160,8 @@ def _network(resolution: Resolution) -> Any:
         rope_scaling=config.rope_scaling,
     )
     if resolution.device == "cpu":
+        if resolution.computes_in == torch.bfloat16 and not compute_in_float32(network):
+            return network
         speed_up_decode(network)
         fuse_layers(network)
         if config.weights_dtype == "bfloat16":
@@ -203,7 +206,7 @@ def dtype_for(asked: str, device: str) -> str:
         )
     if asked != "auto":
         return asked
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else bool(bf16_products())
     return "bfloat16" if native else "float32"
 
 

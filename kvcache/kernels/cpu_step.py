@@ -63,13 +63,11 @@ class WholeStep:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, features: Features
     ) -> Tensor:
-        """q [B, Hq, D], k and v [B, Hkv, D] of the new tokens, float32 -> [B, Hq, D]."""
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        """q [B, Hq, D], k and v [B, Hkv, D] of the new tokens, float32 or bf16 -> [B, Hq, D]."""
+        asked = q.dtype
+        q, k, v = (x.float().contiguous() for x in (q, k, v))
         kept = (self._batch, self._num_kv_heads, self._head_dim)
-        assert q.dtype == k.dtype == v.dtype == torch.float32 and k.shape == v.shape == kept, (
-            q.dtype,
-            k.shape,
-        )
+        assert k.shape == v.shape == kept, (k.shape, kept)
         read, written = self._read, self._written
         written.tokens = (k.data_ptr(), v.data_ptr())
         written.destinations = self._destinations_at + layer * 2 * self._row_bytes
@@ -85,7 +83,7 @@ class WholeStep:
         read.window, read.softcap = features.window or 0, features.softcap or 0.0
         read.scale = scale * cpu.LOG2_E
         self._attend_rows(ctypes.byref(read))
-        return out
+        return out.to(asked)
 
 
 def serves(pool: PagePool) -> bool:

@@ -1,13 +1,12 @@
 """Block-sparse attention on CPU: launches cpu_attention.cpp, which `make setup` compiles."""
 
 import ctypes
-import functools
-from enum import IntEnum
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from configs.bf16_products import Bf16Products, bf16_products
 from configs.features import NO_FEATURES, Features
 from configs.model import PAGE_SIZE
 from configs.native import library
@@ -58,22 +57,6 @@ class _AttentionCall(ctypes.Structure):
 def is_available() -> bool:
     """Whether the kernel runs here; compiled if need be, once per machine. If not, the log says why."""
     return library(SOURCE) is not None
-
-
-class Bf16Products(IntEnum):
-    """How bf16 queries and keys are multiplied; mirrors the enum of cpu_attention.cpp."""
-
-    WIDENED = 0  # in float32, page by page
-    BY_PAIRS = 1  # AVX512_BF16
-    BY_TILES = 2  # AMX, through torch's brgemm
-
-
-@functools.cache
-def bf16_products() -> Bf16Products:
-    """The fastest way that this processor has."""
-    if torch.cpu._is_amx_tile_supported():
-        return Bf16Products.BY_TILES
-    return Bf16Products.BY_PAIRS if torch.cpu._is_avx512_bf16_supported() else Bf16Products.WIDENED
 
 
 def attend(

@@ -123,10 +123,10 @@ class PairRows {
 
   int64_t head_dim_;
   RowState state_;
-  Buffer<Pair> q_;        // per panel [D / 2][width]
+  Buffer<int32_t> q_;        // per panel [D / 2][width]
   Buffer<float> out_;     // per panel [D][width]
-  Buffer<Pair> values_;   // [PAGE_SIZE / 2][D]
-  Buffer<Pair> weights_;  // [PAGE_SIZE / 2][width]
+  Buffer<int32_t> values_;   // [PAGE_SIZE / 2][D]
+  Buffer<int32_t> weights_;  // [PAGE_SIZE / 2][width]
   Buffer<float> scores_;  // [PAGE_SIZE][width]
 };
 

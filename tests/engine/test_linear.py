@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from configs.bf16_products import Bf16Products
 from configs.errors import ConfigError
 from configs.native import compiler, load_library
 from engine.layers import fuse_layers
@@ -46,7 +47,7 @@ def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     flags = [] if request.param is None else [f"-DFARSPAN_LANES={request.param}"]
     kernels = load_library(SOURCE, *flags)
     monkeypatch.setattr("engine.linear.library", lambda source: kernels)
-    monkeypatch.setattr("engine.linear.MANY_WITH_LANES", kernels.farspan_lanes())
+    monkeypatch.setattr("engine.linear.MANY_WITH_LANES", (kernels.farspan_lanes(),))
 
 
 @pytest.mark.usefixtures("many")
@@ -75,6 +76,47 @@ def test_a_chunk_may_be_cut_anywhere_and_shared_by_any_threads_to_the_last_bit()
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=[None, 8, 16])
+def in_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 is multiplied in pairs: by this processor's instruction, or spelled out."""
+    flags = [] if request.param is None else [f"-DFARSPAN_LANES={request.param}"]
+    kernels = load_library(SOURCE, *flags)
+    monkeypatch.setattr("engine.linear.library", lambda source: kernels)
+    monkeypatch.setattr("engine.linear.bf16_products", lambda: Bf16Products.BY_PAIRS)
+
+
+@pytest.mark.usefixtures("in_pairs")
+@pytest.mark.parametrize("inputs", [16, 288, 304, 592])
+@pytest.mark.parametrize("tokens", [1, 17, 48, 49, 150])
+@pytest.mark.parametrize("outputs", [2, 7, 48, 400])
+def test_products_of_bf16_are_summed_in_float32(tokens: int, inputs: int, outputs: int) -> None:
+    x, weight, bias = (
+        torch.randn(tokens, inputs),
+        torch.randn(outputs, inputs).bfloat16(),
+        torch.randn(outputs),
+    )
+    for b in (None, bias):
+        expected = torch.nn.functional.linear(x.bfloat16().float(), weight.float(), b)
+        got = linear_many(x, weight, b, in_bf16=True)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-5)  # float32
+    assert torch.equal(
+        linear_many(x, weight.float(), None, in_bf16=True), linear_many(x, weight.float(), None)
+    )
+    whole = linear_many(x, weight, None, in_bf16=True)
+    cut = tokens // 3
+    parts = [linear_many(part, weight, None, in_bf16=True) for part in (x[:cut], x[cut:]) if len(part)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_tiles_of_bf16_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.linear.bf16_products", lambda: Bf16Products.BY_TILES)
+    x, weight, bias = torch.randn(40, 64), torch.randn(30, 64).bfloat16(), torch.randn(30)
+    got = linear_many(x, weight, bias, in_bf16=True)
+    assert got.dtype == torch.float32
+    expected = torch.nn.functional.linear(x, weight.float(), bias)
+    torch.testing.assert_close(got, expected, atol=0.3, rtol=2e-2)  # bf16
+
+
 def test_strided_inputs_and_leading_dimensions_are_kept() -> None:
     x, weight = torch.randn(2, 64, 3).transpose(1, 2), torch.randn(5, 64)
     torch.testing.assert_close(linear(x, weight, None), x @ weight.T, atol=2e-5, rtol=1e-5)
@@ -94,7 +136,8 @@ def test_only_layers_that_fit_are_changed_and_only_few_tokens_take_the_other_way
     monkeypatch.setattr("engine.linear.linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
     many: list[int] = []
     monkeypatch.setattr(
-        "engine.linear.linear_many", lambda x, *rest: many.append(len(x)) or linear_many(x, *rest)
+        "engine.linear.linear_many",
+        lambda x, *rest, **options: many.append(len(x)) or linear_many(x, *rest, **options),
     )
     with torch.inference_mode():
         for tokens in (0, 1, MOST_TOKENS, MOST_TOKENS + 1):

@@ -36,6 +36,7 @@ def config(folder: Path, **flags: Any) -> ServeConfig:
         {
             "engine.model": str(folder),
             "engine.threads": 1,
+            "engine.dtype": "float32",
             "engine.max_model_len": 2048,
             "cache.kv_cache_memory_bytes": "64MiB",
             "scheduler.step_seconds": 60.0,  # prompts are not cut: all begin together on a slow machine, too

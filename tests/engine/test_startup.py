@@ -36,6 +36,7 @@ def config(folder: Path, **flags: Any) -> ServeConfig:
     base = {
         "engine.model": str(folder),
         "engine.threads": 1,
+        "engine.dtype": "float32",
         "cache.kv_cache_memory_bytes": "8MiB",
         "plans": ["dense"],
     }

@@ -49,7 +49,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(model: Path, folder: Path, *more: str) -> Iterator[Server]:
     """`farspan serve`, from another folder, until its ready line; killed at the end if it still runs."""
     (folder / "short.yaml").write_text("kv: {policy: snapkv, budget: 64}\n")
-    arguments = ["--port", "0", "--plan", "dense", "--plan", "short.yaml", "--kv-cache-memory-bytes", "16MiB"]
+    arguments = [
+        "--port",
+        "0",
+        "--plan",
+        "dense",
+        "--plan",
+        "short.yaml",
+        "--kv-cache-memory-bytes",
+        "16MiB",
+        "--dtype",
+        "float32",
+    ]
     arguments += more
     process = subprocess.Popen(
         [sys.executable, "-m", "server.cli", "serve", str(model), *arguments, "--threads", "1"],

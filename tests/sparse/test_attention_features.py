@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from configs import native
+from configs.bf16_products import Bf16Products
 from configs.features import Features
 from sparse.attention import Attend
 from sparse.attention import attend as attend_in_torch
 from sparse.kernels import cpu
-from sparse.kernels.cpu import Bf16Products
 from sparse.selection import dense
 from tests.reference import attention, causal
 from tests.sparse.builders import make_chunk, make_keys, make_qkv, random_selection, selected_mask

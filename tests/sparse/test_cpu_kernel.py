@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from configs import native
+from configs.bf16_products import Bf16Products
 from sparse.attention import Attended
 from sparse.attention import attend as attend_in_torch
 from sparse.kernels import cpu
-from sparse.kernels.cpu import Bf16Products
 from sparse.selection import ALL, ExactRows, Selection, dense, lists_from_mask
 from tests.reference import attention, causal
 from tests.sparse.builders import make_chunk, make_keys, make_qkv, random_selection, selected_mask

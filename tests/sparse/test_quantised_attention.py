@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from configs import native
+from configs.bf16_products import Bf16Products
 from configs.features import NO_FEATURES, Features
 from configs.quantised import FP8, INT8
 from sparse.attention import Attend
 from sparse.attention import attend as attend_in_torch
 from sparse.estimator import estimate
 from sparse.kernels import cpu
-from sparse.kernels.cpu import Bf16Products
 from sparse.page_scores import key_pages
 from sparse.selection import dense
 from tests.reference import attention, causal
