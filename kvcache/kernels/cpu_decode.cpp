@@ -64,10 +64,19 @@ struct Tile {
   const float* v_scales[TILE_UNITS];
 };
 
-// to [KEYS] = the sum of each, in the order of sum_of.
+// to [KEYS] = the sum of each.
 inline void store_sums(const Floats (&sums)[KEYS], float* to) {
-#if defined(__AVX__) && FARSPAN_LANES == 8
   static_assert(KEYS == 4);
+#if defined(__AVX512F__) && FARSPAN_LANES == 16
+  const auto pairs = [](__m512 a, __m512 b) {  // in each quarter: a b a b, each in two parts
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512d even = _mm512_castps_pd(pairs(sums[0], sums[1])), odd = _mm512_castps_pd(pairs(sums[2], sums[3]));
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                                        _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  const __m512 halves = _mm512_add_ps(quarters, _mm512_shuffle_f32x4(quarters, quarters, 0b01001110));
+  _mm_storeu_ps(to, _mm_add_ps(_mm512_castps512_ps128(halves), _mm512_extractf32x4_ps(halves, 1)));
+#elif defined(__AVX__) && FARSPAN_LANES == 8
   const auto halves = [](__m256 a, __m256 b) {  // a's in the low half, b's in the high one
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   };
