@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "farspan_bf16": over_all(ours, half, tokens),
         }
         if bf16_products():
-            in_bf16 = partial(linear_many, in_bf16=True) if tokens > MOST_TOKENS else linear
+            in_bf16 = partial(ours, in_bf16=True)
             cases["torch_in_bf16"] = over_all(theirs, half, tokens, torch.bfloat16)
             cases["farspan_in_bf16"] = over_all(in_bf16, half, tokens)
         times = interleaved_medians(cases, asked.rounds)

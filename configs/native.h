@@ -227,6 +227,10 @@ inline Floats multiply_add(Ints a, Ints b, Floats sum) {
 #endif
 }
 
+struct Bf16 {  // bf16 that is multiplied as such, not widened first
+  uint16_t bits;
+};
+
 inline void widen(const uint16_t* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(from[i]);
 }

@@ -1,6 +1,7 @@
 // A decoder layer over a few tokens on CPU: all that comes before its attention in one call, all behind it in another.
 //
 // Threads share the products. What stands between them is done by one: little, for few tokens, beside the weights.
+#include <algorithm>
 #include <vector>
 
 #include "layers.h"
@@ -25,17 +26,17 @@ extern "C" struct DecoderLayer {  // mirrored in decode_layers.py
   int64_t width, head_dim, rotary;             // rotary: dims of a head that turn, the first ones; 0 = none
   float input_eps, mlp_eps, q_eps, k_eps;      // of the norms
   float share;                                 // of attention and MLP in what they are added to
-  int32_t bf16;                                // all weights are; else float32
+  int32_t weights;                             // Weights, of all projections
 };
 
 namespace {
 
-LinearCall product(const DecoderLayer& layer, const Projection& by, const float* x, int64_t num_inputs, float* out,
-                   int64_t num_tokens) {
+LinearCall product(const DecoderLayer& layer, const Projection& by, const float* x, uint16_t* rounded,
+                   int64_t num_inputs, float* out, int64_t num_tokens) {
   LinearCall call{};
-  call.x = x, call.weight = by.weight, call.bias = by.bias, call.out = out;
+  call.x = x, call.rounded = rounded, call.weight = by.weight, call.bias = by.bias, call.out = out;
   call.num_tokens = num_tokens, call.num_inputs = num_inputs, call.num_outputs = by.num_outputs;
-  call.bf16 = layer.bf16;
+  call.weights = layer.weights;
   return call;
 }
 
@@ -45,9 +46,10 @@ LinearCall added_to(const DecoderLayer& layer, const float* residual, LinearCall
 }
 
 // Memory of the calling thread, kept for the next call.
-float* scratch(size_t num_floats) {
-  thread_local std::vector<float> memory;
-  if (memory.size() < num_floats) memory.resize(num_floats);
+template <typename Number>
+Number* scratch(size_t count) {
+  thread_local std::vector<Number> memory;
+  if (memory.size() < count) memory.resize(count);
   return memory.data();
 }
 
@@ -69,6 +71,7 @@ void finish_heads(const DecoderLayer& layer, const float* norm, float eps, const
 
 template <typename Weight>
 void project(const LinearCall (&calls)[3], int num_threads) {
+  if constexpr (IN_BF16<Weight>) round_inputs(calls[0]);  // that of all three
 #pragma omp parallel num_threads(num_threads)
   for (const LinearCall& call : calls) share_rows<Weight>(call);
 }
@@ -76,14 +79,22 @@ void project(const LinearCall (&calls)[3], int num_threads) {
 template <typename Weight>
 void finish(const DecoderLayer& layer, const LinearCall& o, const LinearCall& gates, const LinearCall& down,
             float* normed, int num_threads) {
+  if constexpr (IN_BF16<Weight>) round_inputs(o);
 #pragma omp parallel num_threads(num_threads)
   {
     share_rows<Weight>(o);
 #pragma omp barrier
 #pragma omp single  // the others wait
-    norm_rows(o.out, layer.mlp_norm, normed, o.num_tokens, layer.width, layer.mlp_eps);
+    {
+      norm_rows(o.out, layer.mlp_norm, normed, o.num_tokens, layer.width, layer.mlp_eps);
+      if constexpr (IN_BF16<Weight>) round_inputs(gates);
+    }
     share_rows<Weight>(gates);
 #pragma omp barrier
+    if constexpr (IN_BF16<Weight>) {
+#pragma omp single
+      round_inputs(down);
+    }
     share_rows<Weight>(down);
   }
 }
@@ -95,12 +106,17 @@ void finish(const DecoderLayer& layer, const LinearCall& o, const LinearCall& ga
 extern "C" void farspan_before_attention(const DecoderLayer* layer, const float* x, const float* cos, const float* sin,
                                          float* q, float* k, float* v, int64_t num_tokens, int64_t num_threads) {
   const int64_t width = layer->width, head_dim = layer->head_dim;
-  float* normed = scratch(num_tokens * width);
+  float* normed = scratch<float>(num_tokens * width);
+  uint16_t* rounded = scratch<uint16_t>(num_tokens * width);
   norm_rows(x, layer->input_norm, normed, num_tokens, width, layer->input_eps);
-  const LinearCall calls[3] = {product(*layer, layer->q, normed, width, q, num_tokens),
-                               product(*layer, layer->k, normed, width, k, num_tokens),
-                               product(*layer, layer->v, normed, width, v, num_tokens)};
-  layer->bf16 ? project<uint16_t>(calls, num_threads) : project<float>(calls, num_threads);
+  const LinearCall calls[3] = {product(*layer, layer->q, normed, rounded, width, q, num_tokens),
+                               product(*layer, layer->k, normed, rounded, width, k, num_tokens),
+                               product(*layer, layer->v, normed, rounded, width, v, num_tokens)};
+  switch (layer->weights) {
+    case FLOAT32: project<float>(calls, num_threads); break;
+    case BF16_WIDENED: project<uint16_t>(calls, num_threads); break;
+    default: project<Bf16>(calls, num_threads);
+  }
   finish_heads(*layer, layer->q_norm, layer->q_eps, cos, sin, q, num_tokens, layer->q.num_outputs / head_dim);
   finish_heads(*layer, layer->k_norm, layer->k_eps, cos, sin, k, num_tokens, layer->k.num_outputs / head_dim);
 }
@@ -109,15 +125,21 @@ extern "C" void farspan_before_attention(const DecoderLayer* layer, const float*
 // head_dim].
 extern "C" void farspan_behind_attention(const DecoderLayer* layer, const float* x, const float* attended, float* out,
                                          int64_t num_tokens, int64_t num_threads) {
-  const int64_t width = layer->width, num_gates = layer->gate.num_outputs;
-  float* hidden = scratch(num_tokens * (2 * width + num_gates));  // x and attention's part
+  const int64_t width = layer->width, num_gates = layer->gate.num_outputs, num_attended = layer->q.num_outputs;
+  float* hidden = scratch<float>(num_tokens * (2 * width + num_gates));  // x and attention's part
   float *normed = hidden + num_tokens * width, *gated = normed + num_tokens * width;
-  const LinearCall o = added_to(*layer, x, product(*layer, layer->o, attended, layer->q.num_outputs, hidden, num_tokens));
-  LinearCall gates = product(*layer, layer->up, normed, width, gated, num_tokens);
+  uint16_t* rounded = scratch<uint16_t>(num_tokens * std::max({width, num_gates, num_attended}));  // one after another
+  const LinearCall o = added_to(
+      *layer, x, product(*layer, layer->o, attended, rounded, num_attended, hidden, num_tokens));
+  LinearCall gates = product(*layer, layer->up, normed, rounded, width, gated, num_tokens);
   gates.gate = layer->gate.weight;
-  const LinearCall down = added_to(*layer, hidden, product(*layer, layer->down, gated, num_gates, out, num_tokens));
-  layer->bf16 ? finish<uint16_t>(*layer, o, gates, down, normed, num_threads)
-              : finish<float>(*layer, o, gates, down, normed, num_threads);
+  const LinearCall down = added_to(
+      *layer, hidden, product(*layer, layer->down, gated, rounded, num_gates, out, num_tokens));
+  switch (layer->weights) {
+    case FLOAT32: return finish<float>(*layer, o, gates, down, normed, num_threads);
+    case BF16_WIDENED: return finish<uint16_t>(*layer, o, gates, down, normed, num_threads);
+    default: finish<Bf16>(*layer, o, gates, down, normed, num_threads);
+  }
 }
 
 extern "C" int32_t farspan_lanes() { return LANES; }

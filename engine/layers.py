@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.native import library
-from engine.linear import MOST_TOKENS, gated_linear
+from engine.linear import MOST_TOKENS, CpuLinear, gated_linear
 
 SOURCE = Path(__file__).with_name("layers.cpp")
 ROTATE = "apply_rotary_pos_emb"  # what HuggingFace calls it in every model
@@ -110,7 +110,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if x.numel() > MOST_TOKENS * self.gate_proj.in_features:
             return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
-        return self.down_proj(gated_linear(x, self.gate_proj.weight, self.up_proj.weight))
+        gate, up = self.gate_proj, self.up_proj
+        in_bf16 = isinstance(gate, CpuLinear) and gate.in_bf16
+        return self.down_proj(gated_linear(x, gate.weight, up.weight, in_bf16=in_bf16))
 
 
 def fuse_layers(model: nn.Module) -> None:

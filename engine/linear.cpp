@@ -1,4 +1,6 @@
 // Linear layers on CPU: over a few tokens, as decode needs them, bound by reading the weights once; and over many.
+#include <vector>
+
 #include "linear_many.h"
 
 namespace {
@@ -6,7 +8,13 @@ namespace {
 using namespace farspan;
 
 template <typename Weight>
-void run(const LinearCall& call) {
+void run(LinearCall call) {
+  std::vector<uint16_t> rounded;
+  if constexpr (IN_BF16<Weight>) {
+    rounded.resize(call.num_tokens * call.num_inputs);
+    call.rounded = rounded.data();
+    round_inputs(call);
+  }
 #pragma omp parallel num_threads(call.num_threads)
   share_rows<Weight>(call);
   // Some again, to the same values.
@@ -17,10 +25,19 @@ void run(const LinearCall& call) {
 
 extern "C" int32_t farspan_lanes() { return LANES; }
 
-extern "C" void farspan_linear(const LinearCall* call) { call->bf16 ? run<uint16_t>(*call) : run<float>(*call); }
+extern "C" void farspan_linear(const LinearCall* call) {
+  switch (call->weights) {
+    case FLOAT32: return run<float>(*call);
+    case BF16_WIDENED: return run<uint16_t>(*call);
+    default: run<Bf16>(*call);
+  }
+}
 
 // Without gate and residual.
 extern "C" void farspan_linear_many(const LinearCall* call) {
-  if (!call->bf16) return many_tokens<float, false>(*call);
-  call->in_pairs ? many_tokens<uint16_t, true>(*call) : many_tokens<uint16_t, false>(*call);
+  switch (call->weights) {
+    case FLOAT32: return many_tokens<float>(*call);
+    case BF16_WIDENED: return many_tokens<uint16_t>(*call);
+    default: many_tokens<Bf16>(*call);
+  }
 }

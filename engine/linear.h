@@ -2,9 +2,10 @@
 //
 // Each weight row is read once for all tokens, and threads share the weight rows. Every (token, row) has a sum of its
 // own, added up in the same order however many tokens come along: a result never depends on batch mates or threads.
-// Weights are float32, or bf16 that is widened as it is read: half the bytes.
+// Weights are float32, or bf16, half the bytes: widened as it is read, or multiplied with tokens that are rounded to it.
 #pragma once
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 #include "native.h"
@@ -19,6 +20,9 @@ constexpr int AHEAD = 2;
 constexpr int CLOSENESS = LANES == 16 ? 2 : 3;
 constexpr int64_t LINE = 64;  // bytes
 
+// What weights are, and what becomes of them.
+enum Weights : int32_t { FLOAT32, BF16_WIDENED, BF16_MULTIPLIED };
+
 struct LinearCall {       // mirrored in linear.py
   const float* x;         // [num_tokens][num_inputs]
   const void* weight;     // [num_outputs][num_inputs]
@@ -26,12 +30,24 @@ struct LinearCall {       // mirrored in linear.py
   const float* bias;      // [num_outputs], or null
   const float* residual;  // [num_tokens][num_outputs], or null: then out = residual + share * (x . weight + bias)
   float* out;             // [num_tokens][num_outputs]
+  uint16_t* rounded;      // room for x in bf16, of few tokens where it is multiplied
   int64_t num_tokens, num_inputs, num_outputs;  // num_inputs: whole vectors; num_outputs: at least ROWS
   int32_t num_threads;
-  int32_t bf16;  // weight and gate are; else float32
-  int32_t in_pairs;  // many tokens are rounded to bf16 and multiplied in pairs with weights that are
+  int32_t weights;        // Weights; for BF16_MULTIPLIED and few tokens, num_inputs is pairs of vectors
   float share;
 };
+
+template <typename Weight>
+constexpr bool IN_BF16 = std::is_same_v<Weight, Bf16>;
+
+// Inputs that an iteration multiplies.
+template <typename Weight>
+constexpr int AT_ONCE = IN_BF16<Weight> ? 2 * LANES : LANES;
+
+// Before few tokens are multiplied in bf16.
+inline void round_inputs(const LinearCall& call) {
+  for (int64_t i = 0; i < call.num_tokens * call.num_inputs; i += LANES) store(call.rounded + i, load(call.x + i));
+}
 
 // What is asked for while ROWS rows are multiplied: as many of later ones. Each group of tokens passes over the same
 // rows and asks for an equal part: memory works all the time, not in the first pass only.
@@ -43,7 +59,7 @@ struct Later {
 
 template <typename Weight>
 inline Later later(const LinearCall& call) {
-  const int64_t num_passes = (call.num_tokens + TOKENS - 1) / TOKENS, vector = LANES * sizeof(Weight);
+  const int64_t num_passes = (call.num_tokens + TOKENS - 1) / TOKENS, vector = AT_ONCE<Weight> * sizeof(Weight);
   const int64_t row = call.num_inputs * sizeof(Weight);
   return {AHEAD * (call.gate ? 1 : ROWS) * row, ROWS * row / num_passes, ROWS * vector / num_passes};
 }
@@ -58,20 +74,29 @@ inline void products(const LinearCall& call, const Later& later, int64_t token, 
   const int64_t stride = call.gate ? later.stride : ROWS * later.stride;
   const char* next = reinterpret_cast<const char*>(rows[0]) + asked;
   const char* other = call.gate ? reinterpret_cast<const char*>(rows[1]) + asked : next + later.stride;
-  const float* x = call.x + token * call.num_inputs;
   Floats sums[TOKEN_COUNT][ROWS];
   for (int t = 0; t < TOKEN_COUNT; ++t)
     for (int r = 0; r < ROWS; ++r) sums[t][r] = Floats{};
-  for (int64_t i = 0; i < call.num_inputs; i += LANES) {
+  for (int64_t i = 0; i < call.num_inputs; i += AT_ONCE<Weight>) {
     __builtin_prefetch(next, 0, CLOSENESS);
-    if constexpr (ROWS * LANES * sizeof(Weight) > LINE) __builtin_prefetch(next + LINE, 0, CLOSENESS);
+    if constexpr (ROWS * AT_ONCE<Weight> * sizeof(Weight) > LINE) __builtin_prefetch(next + LINE, 0, CLOSENESS);
     next += stride;
     std::swap(next, other);
-    Floats weights[ROWS];
-    for (int r = 0; r < ROWS; ++r) weights[r] = held(load(rows[r] + i));
-    for (int t = 0; t < TOKEN_COUNT; ++t) {
-      const Floats inputs = held(load(x + t * call.num_inputs + i));
-      for (int r = 0; r < ROWS; ++r) sums[t][r] += inputs * weights[r];
+    const int64_t first = token * call.num_inputs + i;
+    if constexpr (IN_BF16<Weight>) {
+      Ints weights[ROWS];
+      for (int r = 0; r < ROWS; ++r) weights[r] = load(reinterpret_cast<const Pair*>(rows[r] + i));
+      for (int t = 0; t < TOKEN_COUNT; ++t) {
+        const Ints inputs = load(reinterpret_cast<const Pair*>(call.rounded + first + t * call.num_inputs));
+        for (int r = 0; r < ROWS; ++r) sums[t][r] = multiply_add(inputs, weights[r], sums[t][r]);
+      }
+    } else {
+      Floats weights[ROWS];
+      for (int r = 0; r < ROWS; ++r) weights[r] = held(load(rows[r] + i));
+      for (int t = 0; t < TOKEN_COUNT; ++t) {
+        const Floats inputs = held(load(call.x + first + t * call.num_inputs));
+        for (int r = 0; r < ROWS; ++r) sums[t][r] += inputs * weights[r];
+      }
     }
   }
   for (int t = 0; t < TOKEN_COUNT; ++t)

@@ -9,6 +9,7 @@ A bf16 model keeps its weights and computes in float32 around them, where all it
 """
 
 import ctypes
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,35 +28,44 @@ MANY_WITH_LANES = (
 WEIGHTS = (torch.float32, torch.bfloat16)
 
 
+class Weights(IntEnum):
+    """What weights are, and what becomes of them; mirrors the enum of linear.h."""
+
+    FLOAT32 = 0
+    BF16_WIDENED = 1
+    BF16_MULTIPLIED = 2  # with tokens that are rounded likewise
+
+
 class _LinearCall(ctypes.Structure):
     """Mirrors LinearCall of linear.h, where the shapes are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "gate", "bias", "residual", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "gate", "bias", "residual", "out", "rounded")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_inputs", "num_outputs")),
-        *((name, ctypes.c_int32) for name in ("num_threads", "bf16", "in_pairs")),
+        *((name, ctypes.c_int32) for name in ("num_threads", "weights")),
         ("share", ctypes.c_float),
     ]
 
 
 class CpuLinear(nn.Linear):
-    """torch's linear layer, its weights and its answers; few tokens take linear.cpp, and with AVX2 all.
+    """torch's linear layer, its weights and its answers; few tokens take linear.cpp, and with AVX2 or AVX-512
+    all.
 
     Weights may be bf16: they are widened as they are read.
     """
 
-    in_bf16: ClassVar[bool] = False  # whether many tokens may be rounded to it
+    in_bf16: ClassVar[bool] = False  # whether tokens may be rounded to it
 
     def forward(self, input: Tensor) -> Tensor:
         if input.numel() == 0:
             return nn.functional.linear(input, self.weight.float(), self.bias)
         if input.numel() <= MOST_TOKENS * self.in_features:
-            return linear(input, self.weight, self.bias)
+            return linear(input, self.weight, self.bias, in_bf16=self.in_bf16)
         return linear_many(input, self.weight, self.bias, in_bf16=self.in_bf16)
 
 
 class Bf16Linear(CpuLinear):
-    """The same with bf16 weights; chunks are multiplied in bf16 if the processor can. Sums are float32."""
+    """The same with bf16 weights, multiplied in bf16 if the processor can. Sums are float32."""
 
     in_bf16 = True
 
@@ -125,30 +135,47 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     return owners
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def weights_of(*weights: Tensor, in_bf16: bool) -> Weights:
+    """What linear.h does with weights [O, I] of one dtype for a few tokens.
+
+    in_bf16: tokens may be rounded to bf16, where the processor multiplies that. All tokens are, or none: what
+    one gets must not depend on its company.
+    """
+    if weights[0].dtype == torch.float32:
+        return Weights.FLOAT32
+    kernels = library(SOURCE)
+    assert kernels is not None and all(one.dtype == torch.bfloat16 for one in weights)
+    fits = all(one.shape[1] % (2 * kernels.farspan_lanes()) == 0 for one in weights)
+    multiplied = in_bf16 and fits and bf16_products() != Bf16Products.WIDENED
+    return Weights.BF16_MULTIPLIED if multiplied else Weights.BF16_WIDENED
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, in_bf16: bool = False) -> Tensor:
     """x [..., I] @ weight [O, I].T + bias [O] -> [..., O], float32 on CPU, weights perhaps bf16; I whole
-    vectors, O at least 2."""
-    return _launch("farspan_linear", x, weight, bias)
+    vectors, O at least 2. in_bf16: as in `weights_of`."""
+    return _launch("farspan_linear", x, weight, bias, weights_of(weight, in_bf16=in_bf16))
 
 
 def linear_many(x: Tensor, weight: Tensor, bias: Tensor | None, *, in_bf16: bool = False) -> Tensor:
-    """The same for many tokens; in_bf16: rounded to bf16, as bf16 weights are, where that is the faster.
+    """The same for many tokens.
 
     In linear.cpp, what a token gets does not depend on how many come along.
     """
     kernels = library(SOURCE)
     assert kernels is not None, "speed_up_decode has seen to that"
-    if in_bf16 and weight.dtype == torch.bfloat16 and bf16_products() != Bf16Products.WIDENED:
+    if weight.dtype == torch.bfloat16 and in_bf16:
         if bf16_products() == Bf16Products.BY_PAIRS:
-            return _launch("farspan_linear_many", x, weight, bias, in_pairs=True)
-        bias = None if bias is None else bias.bfloat16()
-        return nn.functional.linear(x.bfloat16(), weight, bias).float()
+            return _launch("farspan_linear_many", x, weight, bias, Weights.BF16_MULTIPLIED)
+        if bf16_products() == Bf16Products.BY_TILES:
+            bias = None if bias is None else bias.bfloat16()
+            return nn.functional.linear(x.bfloat16(), weight, bias).float()
     if kernels.farspan_lanes() not in MANY_WITH_LANES:
         return nn.functional.linear(x, weight.float(), bias)  # float32 stays as it is
-    return _launch("farspan_linear_many", x, weight, bias)
+    widened = Weights.BF16_WIDENED if weight.dtype == torch.bfloat16 else Weights.FLOAT32
+    return _launch("farspan_linear_many", x, weight, bias, widened)
 
 
-def _launch(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, in_pairs: bool = False) -> Tensor:
+def _launch(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Tensor:
     kernels = library(SOURCE)
     assert kernels is not None, "speed_up_decode has seen to that"
     x = x.contiguous()
@@ -160,22 +187,21 @@ def _launch(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, in_pai
     assert weight.dtype in WEIGHTS and weight.is_contiguous(), weight.dtype
     out = x.new_empty(*x.shape[:-1], num_outputs)
     call = _LinearCall(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None,
-        None if bias is None else bias.data_ptr(),
-        None,
-        out.data_ptr(),
-        *(x.numel() // num_inputs, num_inputs, num_outputs),
-        torch.get_num_threads(),
-        weight.dtype == torch.bfloat16,
-        in_pairs,
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        num_tokens=x.numel() // num_inputs,
+        num_inputs=num_inputs,
+        num_outputs=num_outputs,
+        num_threads=torch.get_num_threads(),
+        weights=weights,
     )
     getattr(kernels, name)(ctypes.byref(call))
     return out
 
 
-def gated_linear(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+def gated_linear(x: Tensor, gate: Tensor, weight: Tensor, *, in_bf16: bool = False) -> Tensor:
     """silu(x [..., I] @ gate [O, I].T) * (x @ weight [O, I].T) -> [..., O], float32 on CPU, both weights
     perhaps bf16; I whole vectors."""
     kernels = library(SOURCE)
@@ -187,13 +213,15 @@ def gated_linear(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     assert gate.is_contiguous() and weight.is_contiguous()
     out = x.new_empty(*x.shape[:-1], num_outputs)
     call = _LinearCall(
-        *(tensor.data_ptr() for tensor in (x, weight, gate)),
-        None,
-        None,
-        out.data_ptr(),
-        *(x.numel() // num_inputs, num_inputs, num_outputs),
-        torch.get_num_threads(),
-        weight.dtype == torch.bfloat16,
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        gate=gate.data_ptr(),
+        out=out.data_ptr(),
+        num_tokens=x.numel() // num_inputs,
+        num_inputs=num_inputs,
+        num_outputs=num_outputs,
+        num_threads=torch.get_num_threads(),
+        weights=weights_of(gate, weight, in_bf16=in_bf16),
     )
     kernels.farspan_linear(ctypes.byref(call))
     return out

@@ -19,10 +19,10 @@ constexpr int64_t TASK_PANELS = 2;
 constexpr int64_t TASK_TOKENS = TASK_PANELS * PANEL;
 static_assert(BLOCK_INPUTS % LANES == 0 && TASK_ROWS % TILE == 0 && TASK_ROWS % LANES == 0);
 
-template <typename Weight, bool IN_PAIRS>
+template <typename Weight>
 class ManyTokens {
  public:
-  using Factor = std::conditional_t<IN_PAIRS, int32_t, float>;  // what is multiplied: a pair of inputs, or one
+  using Factor = std::conditional_t<IN_BF16<Weight>, int32_t, float>;  // what is multiplied: a pair of inputs, or one
 
   explicit ManyTokens(const LinearCall& call)
       : call_(call),
@@ -58,8 +58,8 @@ class ManyTokens {
   }
 
  private:
-  static constexpr int64_t STEP = IN_PAIRS ? 2 : 1;  // inputs of a factor
-  static constexpr bool LIES_READY = IN_PAIRS || std::is_same_v<Weight, float>;
+  static constexpr int64_t STEP = IN_BF16<Weight> ? 2 : 1;  // inputs of a factor
+  static constexpr bool LIES_READY = IN_BF16<Weight> || std::is_same_v<Weight, float>;
 
   // Weights of inputs [input, input + num_inputs) as factors, [rows][.]: where they lie, or widened.
   struct Rows {
@@ -75,7 +75,7 @@ class ManyTokens {
     for (int64_t i = first; i < num_rows; ++i) {
       const Weight* from = weights + i * call_.num_inputs;
       Factor* to = &copied_[(i - first) * stride];
-      if constexpr (IN_PAIRS)
+      if constexpr (IN_BF16<Weight>)
         std::memcpy(to, from, num_inputs * sizeof(Weight));
       else
         for (int64_t k = 0; k < num_inputs; k += LANES) store(to + k, load(from + k));
@@ -101,7 +101,7 @@ class ManyTokens {
           block[i] = load(x + (lane + i) * call_.num_inputs + k);
         transpose(block);
         Factor* to = inputs + k / STEP * WIDTH + lane;
-        if constexpr (IN_PAIRS)
+        if constexpr (IN_BF16<Weight>)
           for (int i = 0; i < LANES; i += 2) store(to + i / 2 * WIDTH, pair_of_bf16(block[i], block[i + 1]));
         else
           for (int i = 0; i < LANES; ++i) store(to + i * WIDTH, block[i]);
@@ -143,7 +143,7 @@ class ManyTokens {
   Buffer<Factor> copied_;  // [rows][inputs / STEP] of weights that do not lie as they are read
 };
 
-template <typename Weight, bool IN_PAIRS>
+template <typename Weight>
 void many_tokens(const LinearCall& call) {
   const int64_t num_parts = (call.num_tokens + TASK_TOKENS - 1) / TASK_TOKENS;
   int64_t rows = TASK_ROWS;  // of a task: fewer where threads would find no work
@@ -151,7 +151,7 @@ void many_tokens(const LinearCall& call) {
   const int64_t num_blocks = (call.num_outputs + rows - 1) / rows;
 #pragma omp parallel num_threads(call.num_threads)
   {
-    ManyTokens<Weight, IN_PAIRS> worker(call);
+    ManyTokens<Weight> worker(call);
 #pragma omp for collapse(2) schedule(dynamic) nowait
     for (int64_t part = 0; part < num_parts; ++part)
       for (int64_t block = 0; block < num_blocks; ++block)

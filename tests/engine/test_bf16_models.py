@@ -35,6 +35,7 @@ TAKEN = [
     "smollm3",
     "starcoder2",
 ]
+IN_TWO_CALLS = {"granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"}  # decoder layers over a few tokens
 # Experts, or an embedding of another class.
 LEFT_ALONE = ["gemma3_text", "gpt_oss", "qwen3_moe"]
 
@@ -89,6 +90,8 @@ def test_it_is_nearer_to_what_its_weights_mean_than_bf16_throughout(
     kinds = {name: dtype for name, dtype in dtypes(network).items() if "weight" in name}
     for name, dtype in kinds.items():
         assert dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
+    for layer in network.model.layers:
+        assert (type(layer).forward.__module__ == "engine.decode_layers") == (family in IN_TWO_CALLS)
     exact, coarse = (by_huggingface(folder, tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
     ours = torch.tensor(likely)
     assert ours.shape == exact.shape == (len(PROMPT) + ANSWER - 1,)

@@ -13,11 +13,13 @@ from engine.linear import (
     MOST_TOKENS,
     SOURCE,
     CpuLinear,
+    Weights,
     gated_linear,
     keep_in_bf16,
     linear,
     linear_many,
     speed_up_decode,
+    weights_of,
 )
 from engine.startup import check_weights_dtype
 from tests.tiny import greedy, make_prompt, tiny_engine, tiny_model
@@ -86,6 +88,27 @@ def in_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("in_pairs")
+@pytest.mark.parametrize("inputs", [16, 32, 304, 576])  # odd vectors are widened, and then nothing is rounded
+@pytest.mark.parametrize("outputs", [2, 7, 96])
+def test_few_tokens_are_multiplied_in_bf16_whoever_comes_along(inputs: int, outputs: int) -> None:
+    x, bias = torch.randn(7, inputs), torch.randn(outputs)
+    weight, gate = (torch.randn(outputs, inputs).bfloat16() for _ in range(2))
+    kind = weights_of(weight, gate, in_bf16=True)
+    meant = x.bfloat16().float() if kind == Weights.BF16_MULTIPLIED else x
+    for b in (None, bias):
+        got = linear(x, weight, b, in_bf16=True)
+        expected = torch.nn.functional.linear(meant, weight.float(), b)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)  # float32
+        for token in range(7):
+            assert torch.equal(linear(x[token : token + 1], weight, b, in_bf16=True)[0], got[token])
+    got = gated_linear(x, gate, weight, in_bf16=True)
+    expected = torch.nn.functional.silu(meant @ gate.float().T) * (meant @ weight.float().T)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)  # float32
+    assert weights_of(weight, in_bf16=False) == Weights.BF16_WIDENED
+    assert weights_of(weight.float(), in_bf16=True) == Weights.FLOAT32
+
+
+@pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize("inputs", [16, 288, 304, 592])
 @pytest.mark.parametrize("tokens", [1, 17, 48, 49, 150])
 @pytest.mark.parametrize("outputs", [2, 7, 48, 400])
@@ -133,7 +156,9 @@ def test_only_layers_that_fit_are_changed_and_only_few_tokens_take_the_other_way
     assert [type(layer) for layer in layers] == [CpuLinear, torch.nn.Linear, torch.nn.Linear]
     assert weights == {name: value.data_ptr() for name, value in layers.state_dict().items()}
     seen: list[int] = []
-    monkeypatch.setattr("engine.linear.linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
+    monkeypatch.setattr(
+        "engine.linear.linear", lambda x, *rest, **options: seen.append(len(x)) or linear(x, *rest, **options)
+    )
     many: list[int] = []
     monkeypatch.setattr(
         "engine.linear.linear_many",
