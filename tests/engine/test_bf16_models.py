@@ -35,7 +35,14 @@ TAKEN = [
     "smollm3",
     "starcoder2",
 ]
-IN_TWO_CALLS = {"granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"}  # decoder layers over a few tokens
+IN_TWO_CALLS = {
+    "granite",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+}  # decoder layers over a few tokens
 # Experts, or an embedding of another class.
 LEFT_ALONE = ["gemma3_text", "gpt_oss", "qwen3_moe"]
 
