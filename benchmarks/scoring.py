@@ -15,16 +15,15 @@ from torch import Tensor
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.plan import PlanFile
 from configs.schema import EngineConfig, SchedulerConfig
-from engine import attention
 from engine.engine import Engine
 from engine.kernels import kernels_for
 from engine.messages import Cost, Sampling, Submit
-from engine.models import load_model, model_info
+from engine.models import model_info
 from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.self_check import checked
-from engine.startup import page_dtype_for
+from engine.startup import network_as_served, page_dtype_for
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
 
@@ -78,14 +77,7 @@ class Scorer:
         cache_dtype: str = "auto",
     ) -> None:
         """`longest`: tokens of the longest sequence to score."""
-        attention.register()
-        network = load_model(
-            folder,
-            dtype=dtype,
-            device=device,
-            attention=attention.IMPLEMENTATION,
-            rope_scaling=model.rope_scaling,
-        )
+        network = network_as_served(folder, model, dtype=dtype, device=device)
         info = model_info(folder, model)
         states = StateRegistry()
         self.plans: dict[str, ResolvedPlan] = resolve_plans(

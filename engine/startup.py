@@ -16,7 +16,7 @@ from configs.loading import load_plan
 from configs.machine import cores, free_memory
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.quantised import FP8, INT8
-from configs.schema import ServeConfig
+from configs.schema import EngineConfig, ServeConfig
 from engine import attention
 from engine.break_even import measured
 from engine.cuda_graph import check_graphs, cuda_graphs, graph_bytes
@@ -115,7 +115,12 @@ def load(
     config = resolution.config
     tell("weights", 0.0)
     torch.set_num_threads(config.engine.threads or cores())
-    network = _network(resolution)
+    network = network_as_served(
+        resolution.folder,
+        resolution.config.engine,
+        dtype=resolution.dtype,
+        device=resolution.device,
+    )
     num_pages = _pool_bytes(resolution) // resolution.bytes_per_page
     model = _fit_length(resolution.model, config, resolution.plans, num_pages)
     log.info("KV cache: %d pages, %d bytes per token held", num_pages, resolution.bytes_per_token)
@@ -148,19 +153,18 @@ def load(
     return engine(), card
 
 
-def _network(resolution: Resolution) -> Any:
+def network_as_served(folder: Path, config: EngineConfig, *, dtype: str, device: str) -> Any:
     """The model with its weights, and on a CPU with our layers in the place of some of its own."""
-    config = resolution.config.engine
     attention.register()
     network = load_model(
-        resolution.folder,
-        dtype=resolution.dtype,
-        device=resolution.device,
+        folder,
+        dtype=dtype,
+        device=device,
         attention=attention.IMPLEMENTATION,
         rope_scaling=config.rope_scaling,
     )
-    if resolution.device == "cpu":
-        if resolution.computes_in == torch.bfloat16 and not compute_in_float32(network):
+    if device == "cpu":
+        if dtype == "bfloat16" and not compute_in_float32(network):
             return network
         speed_up_decode(network)
         fuse_layers(network)
