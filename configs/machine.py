@@ -1,11 +1,13 @@
 """What this process may take of its machine: cores and memory, within the limits of its container."""
 
+import ctypes
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def cores(proc: Path = PROC, groups: Path = GROUPS) -> int:
@@ -28,6 +30,19 @@ def free_memory(proc: Path = PROC, groups: Path = GROUPS) -> int | None:
         return None
     left = [_left(folder) for folder in _folders(proc, groups, "memory")]
     return max(0, min(available + [count for count in left if count is not None]))
+
+
+def reuse_freed_memory(up_to: int) -> bool:
+    """Let this process keep blocks of up to so many bytes that it frees, and use them again.
+
+    By default, the C library gives large ones back and asks anew, and the kernel zeroes them, page by page.
+    False where the library cannot be asked (not glibc).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(option, up_to) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
 def _left(folder: Path) -> int | None:

@@ -13,7 +13,7 @@ from configs.bf16_products import bf16_products
 from configs.errors import ConfigError
 from configs.grammars import Grammars
 from configs.loading import load_plan
-from configs.machine import cores, free_memory
+from configs.machine import cores, free_memory, reuse_freed_memory
 from configs.model import PAGE_SIZE, ModelInfo
 from configs.quantised import FP8, INT8
 from configs.schema import EngineConfig, ServeConfig
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 CPU_CACHE_SHARE = 0.4  # of the memory that is free once weights are loaded
 WARM_UP_TOKENS = 128
+REUSED_BYTES = 1 << 28  # of what a forward needs and frees, on a CPU
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on e4m3 has instructions
 
 
@@ -141,6 +142,8 @@ def load(
         sharing = config.cache.enable_prefix_caching
         return Engine(plans, scheduler, runner, cache, ends, share_prefixes=sharing, grammars=grammars)
 
+    if resolution.device == "cpu":
+        reuse_freed_memory(REUSED_BYTES)
     tell("a first request under every plan", 0.8)
     _warm_up(engine(), plans, model)  # an engine of its own: nobody asked for these tokens
     card = msgspec.structs.replace(

@@ -1,6 +1,10 @@
 """A process takes no more cores and memory than its container may have, in either kind of control groups."""
 
 import os
+import platform
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ import pytest
 from configs.machine import cores, free_memory
 
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 
 
 def machine(folder: Path, groups: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -76,3 +81,28 @@ def test_cores_are_those_that_may_be_used(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     assert cores(*machine(tmp_path, groups, files)) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_freed_memory_is_used_again() -> None:
+    """In a process of its own: the setting holds for good."""
+    script = textwrap.dedent("""
+        import resource
+        import torch
+        from configs.machine import reuse_freed_memory
+
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+        def touch():  # 48 MiB: 12,288 pages
+            before = faults()
+            torch.full((12 << 20,), 1.0)
+            return faults() - before
+
+        touch()
+        assert touch() > 1000, "given back, and asked for anew"
+        assert reuse_freed_memory(1 << 28)
+        touch()
+        assert touch() < 100
+    """)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
