@@ -21,10 +21,8 @@ from configs.native import library
 
 SOURCE = Path(__file__).with_name("linear.cpp")
 MOST_TOKENS = 16  # that count as few
-MANY_WITH_LANES = (
-    8,
-    16,
-)  # AVX2 and AVX-512: with others nobody has compared, and torch multiplies many tokens
+# AVX2 and AVX-512: with other vectors nobody has compared, and torch multiplies many tokens.
+MANY_WITH_LANES = (8, 16)
 WEIGHTS = (torch.float32, torch.bfloat16)
 
 
@@ -48,8 +46,7 @@ class _LinearCall(ctypes.Structure):
 
 
 class CpuLinear(nn.Linear):
-    """torch's linear layer, its weights and its answers; few tokens take linear.cpp, and with AVX2 or AVX-512
-    all.
+    """torch's linear layer, its weights and its answers: few tokens take linear.cpp, many where it is faster.
 
     Weights may be bf16: they are widened as they are read.
     """
