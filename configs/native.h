@@ -28,6 +28,7 @@ typedef uint16_t LooseHalves __attribute__((vector_size(LANES * 2), aligned(2), 
 typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int32_t LooseInts __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Pair __attribute__((may_alias));  // two bf16 side by side, the even one in the low half
+typedef int32_t Quad __attribute__((may_alias));  // four bytes side by side
 
 inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 inline Ints load(const int32_t* from) { return *reinterpret_cast<const LooseInts*>(from); }
@@ -57,6 +58,14 @@ inline Ints load_bytes(const void* from) {
 inline Floats load(const int8_t* from) { return __builtin_convertvector(load_bytes(from), Floats); }
 inline void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
 inline void store(int32_t* to, Ints x) { *reinterpret_cast<LooseInts*>(to) = x; }
+// The low bytes.
+inline void store(int8_t* to, Ints x) {
+#if defined(__AVX512F__) && FARSPAN_LANES == 16
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#else
+  *reinterpret_cast<LooseBytes*>(to) = __builtin_convertvector(x, LooseBytes);
+#endif
+}
 inline Floats splat(float x) { return x - Floats{}; }  // x + 0 would turn -0 into 0 and could not be folded
 
 inline Floats larger(Floats a, Floats b) {
@@ -89,6 +98,11 @@ inline Floats held(Floats x) {
   asm("" : "+x"(x));
 #endif
   return x;
+}
+
+// The nearest whole number, ties to even, of |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
+inline Ints rounded(Floats x) {
+  return reinterpret_cast<Ints>(x + 12582912.0f) - reinterpret_cast<Ints>(splat(12582912.0f));
 }
 
 inline bool any(Ints mask) {
@@ -230,6 +244,33 @@ inline Floats multiply_add(Ints a, Ints b, Floats sum) {
 struct Bf16 {  // bf16 that is multiplied as such, not widened first
   uint16_t bits;
 };
+
+// sum + the four products of the bytes in each lane: unsigned ones of a, signed ones of b.
+inline Ints multiply_add_bytes(Ints a, Ints b, Ints sum) {
+#if defined(__AVX512VNNI__) && FARSPAN_LANES == 16
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVXVNNI__) && FARSPAN_LANES == 8
+  return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__AVX2__) && FARSPAN_LANES == 8
+  // As numbers of 16 bits: every other byte, and those between.
+  const auto x = reinterpret_cast<__m256i>(a), y = reinterpret_cast<__m256i>(b);
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(y, 8));
+  return sum + reinterpret_cast<Ints>(even) + reinterpret_cast<Ints>(odd);
+#else
+  for (int shift = 0; shift < 32; shift += 8) sum += ((a >> shift) & 255) * ((b << (24 - shift)) >> 24);
+  return sum;
+#endif
+}
+
+// A whole number of 8 bits as multiply_add_bytes takes it: 128 higher, without sign.
+struct Code {
+  uint8_t bits;
+};
+constexpr int32_t CODE_ZERO = 128;
 
 inline void widen(const uint16_t* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(from[i]);

@@ -51,9 +51,10 @@ class EngineConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the device computes it natively, else float32"
     )
-    weights_dtype: Literal["auto", "bfloat16"] = Field(
+    weights_dtype: Literal["auto", "bfloat16", "int8"] = Field(
         "auto",
-        description="of weights in memory; auto: dtype; bfloat16: half of float32, which they widen to (CPU)",
+        description="of weights in memory (CPU); auto: dtype; bfloat16: half of float32, which they widen to;"
+        " int8: a quarter, multiplied with tokens in 8 bits",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] | Literal["auto"] = Field(

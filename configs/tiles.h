@@ -63,4 +63,32 @@ inline void multiply(const Pair* a, int64_t stride_i, int64_t stride_k, const Pa
     for (int j = 0; j < VECTORS; ++j) store(c + (i * VECTORS + j) * LANES, sums[i][j]);
 }
 
+// The same of bytes in quads that share scales, added to c (or beginning it): codes a(i, k) of weights, 128 higher, and
+// signed bytes b [k][lanes], whose sums go from `starts` [lanes] and count a_scales[i * scale_stride] * b_scales [lanes].
+template <int COUNT, int VECTORS, bool ADD>
+inline void multiply_group(const Quad* a, int64_t stride_i, const float* a_scales, int64_t scale_stride, const Quad* b,
+                           const int32_t* starts, const float* b_scales, float* c, int64_t num_k) {
+  Ints sums[COUNT][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < COUNT; ++i)
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = load(starts + j * LANES);
+  for (int64_t k = 0; k < num_k; ++k) {
+    Ints row[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) row[j] = load(b + (k * VECTORS + j) * LANES);
+    for (int i = 0; i < COUNT; ++i) {
+      const Ints factor = Ints{} + a[i * stride_i + k];
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add_bytes(factor, row[j], sums[i][j]);
+    }
+  }
+  Floats scales[VECTORS];
+  for (int j = 0; j < VECTORS; ++j) scales[j] = load(b_scales + j * LANES);
+#pragma GCC unroll 8
+  for (int i = 0; i < COUNT; ++i)
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = c + (i * VECTORS + j) * LANES;
+      const Floats product = __builtin_convertvector(sums[i][j], Floats) * splat(a_scales[i * scale_stride]);
+      store(to, ADD ? multiply_add(product, scales[j], load(to)) : product * scales[j]);
+    }
+}
+
 }  // namespace farspan

@@ -13,6 +13,7 @@ using namespace farspan;
 
 struct Projection {     // mirrored in decode_layers.py
   const void* weight;   // [num_outputs][its inputs]
+  const float* scales;  // [num_outputs][its inputs / GROUP] of codes
   const float* bias;    // [num_outputs], or null
   int64_t num_outputs;  // even
 };
@@ -31,13 +32,19 @@ extern "C" struct DecoderLayer {  // mirrored in decode_layers.py
 
 namespace {
 
-LinearCall product(const DecoderLayer& layer, const Projection& by, const float* x, uint16_t* rounded,
-                   int64_t num_inputs, float* out, int64_t num_tokens) {
+LinearCall product(const DecoderLayer& layer, const Projection& by, const float* x, void* prepared, int64_t num_inputs,
+                   float* out, int64_t num_tokens) {
   LinearCall call{};
-  call.x = x, call.rounded = rounded, call.weight = by.weight, call.bias = by.bias, call.out = out;
+  call.x = x, call.prepared = prepared, call.weight = by.weight, call.scales = by.scales, call.bias = by.bias;
+  call.out = out;
   call.num_tokens = num_tokens, call.num_inputs = num_inputs, call.num_outputs = by.num_outputs;
   call.weights = layer.weights;
   return call;
+}
+
+// Bytes for the inputs of a product, whatever its weights are.
+size_t room(int64_t num_tokens, int64_t num_inputs) {
+  return std::max(prepared_bytes<Bf16>(num_tokens, num_inputs), prepared_bytes<Code>(num_tokens, num_inputs));
 }
 
 LinearCall added_to(const DecoderLayer& layer, const float* residual, LinearCall call) {
@@ -71,7 +78,7 @@ void finish_heads(const DecoderLayer& layer, const float* norm, float eps, const
 
 template <typename Weight>
 void project(const LinearCall (&calls)[3], int num_threads) {
-  if constexpr (IN_BF16<Weight>) round_inputs(calls[0]);  // that of all three
+  prepare<Weight>(calls[0]);  // what all three multiply
 #pragma omp parallel num_threads(num_threads)
   for (const LinearCall& call : calls) share_rows<Weight>(call);
 }
@@ -79,7 +86,7 @@ void project(const LinearCall (&calls)[3], int num_threads) {
 template <typename Weight>
 void finish(const DecoderLayer& layer, const LinearCall& o, const LinearCall& gates, const LinearCall& down,
             float* normed, int num_threads) {
-  if constexpr (IN_BF16<Weight>) round_inputs(o);
+  prepare<Weight>(o);
 #pragma omp parallel num_threads(num_threads)
   {
     share_rows<Weight>(o);
@@ -87,13 +94,13 @@ void finish(const DecoderLayer& layer, const LinearCall& o, const LinearCall& ga
 #pragma omp single  // the others wait
     {
       norm_rows(o.out, layer.mlp_norm, normed, o.num_tokens, layer.width, layer.mlp_eps);
-      if constexpr (IN_BF16<Weight>) round_inputs(gates);
+      prepare<Weight>(gates);
     }
     share_rows<Weight>(gates);
 #pragma omp barrier
-    if constexpr (IN_BF16<Weight>) {
+    if constexpr (IN_BF16<Weight> || IN_CODES<Weight>) {
 #pragma omp single
-      round_inputs(down);
+      prepare<Weight>(down);
     }
     share_rows<Weight>(down);
   }
@@ -107,14 +114,15 @@ extern "C" void farspan_before_attention(const DecoderLayer* layer, const float*
                                          float* q, float* k, float* v, int64_t num_tokens, int64_t num_threads) {
   const int64_t width = layer->width, head_dim = layer->head_dim;
   float* normed = scratch<float>(num_tokens * width);
-  uint16_t* rounded = scratch<uint16_t>(num_tokens * width);
+  char* prepared = scratch<char>(room(num_tokens, width));
   norm_rows(x, layer->input_norm, normed, num_tokens, width, layer->input_eps);
-  const LinearCall calls[3] = {product(*layer, layer->q, normed, rounded, width, q, num_tokens),
-                               product(*layer, layer->k, normed, rounded, width, k, num_tokens),
-                               product(*layer, layer->v, normed, rounded, width, v, num_tokens)};
+  const LinearCall calls[3] = {product(*layer, layer->q, normed, prepared, width, q, num_tokens),
+                               product(*layer, layer->k, normed, prepared, width, k, num_tokens),
+                               product(*layer, layer->v, normed, prepared, width, v, num_tokens)};
   switch (layer->weights) {
     case FLOAT32: project<float>(calls, num_threads); break;
     case BF16_WIDENED: project<uint16_t>(calls, num_threads); break;
+    case INT8: project<Code>(calls, num_threads); break;
     default: project<Bf16>(calls, num_threads);
   }
   finish_heads(*layer, layer->q_norm, layer->q_eps, cos, sin, q, num_tokens, layer->q.num_outputs / head_dim);
@@ -128,16 +136,17 @@ extern "C" void farspan_behind_attention(const DecoderLayer* layer, const float*
   const int64_t width = layer->width, num_gates = layer->gate.num_outputs, num_attended = layer->q.num_outputs;
   float* hidden = scratch<float>(num_tokens * (2 * width + num_gates));  // x and attention's part
   float *normed = hidden + num_tokens * width, *gated = normed + num_tokens * width;
-  uint16_t* rounded = scratch<uint16_t>(num_tokens * std::max({width, num_gates, num_attended}));  // one after another
+  char* prepared = scratch<char>(room(num_tokens, std::max({width, num_gates, num_attended})));  // one after another
   const LinearCall o = added_to(
-      *layer, x, product(*layer, layer->o, attended, rounded, num_attended, hidden, num_tokens));
-  LinearCall gates = product(*layer, layer->up, normed, rounded, width, gated, num_tokens);
-  gates.gate = layer->gate.weight;
+      *layer, x, product(*layer, layer->o, attended, prepared, num_attended, hidden, num_tokens));
+  LinearCall gates = product(*layer, layer->up, normed, prepared, width, gated, num_tokens);
+  gates.gate = layer->gate.weight, gates.gate_scales = layer->gate.scales;
   const LinearCall down = added_to(
-      *layer, hidden, product(*layer, layer->down, gated, rounded, num_gates, out, num_tokens));
+      *layer, hidden, product(*layer, layer->down, gated, prepared, num_gates, out, num_tokens));
   switch (layer->weights) {
     case FLOAT32: return finish<float>(*layer, o, gates, down, normed, num_threads);
     case BF16_WIDENED: return finish<uint16_t>(*layer, o, gates, down, normed, num_threads);
+    case INT8: return finish<Code>(*layer, o, gates, down, normed, num_threads);
     default: finish<Bf16>(*layer, o, gates, down, normed, num_threads);
   }
 }

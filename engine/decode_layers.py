@@ -20,15 +20,19 @@ from engine.linear import MOST_TOKENS, CpuLinear, Weights, weights_of
 from engine.models import rotates_layer
 
 SOURCE = Path(__file__).with_name("decode_layers.cpp")
-TOLERANCE = 1e-4  # of the largest number, float32
-TOLERANCE_IN_BF16 = 2e-3  # where a last bit of float32 may round a token to another bf16
+# Of the largest number; more where a last bit of float32 may round a token to another bf16, or another code.
+TOLERANCE = {Weights.BF16_MULTIPLIED: 2e-3, Weights.INT8: 1e-2}
+TOLERANCE_IN_FLOAT32 = 1e-4
 TRIED_AT = [0, 5, 700]  # positions of the random input
 
 
 class _Projection(ctypes.Structure):
     """Mirrors Projection of decode_layers.cpp, where the shapes are."""
 
-    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("num_outputs", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias")),
+        ("num_outputs", ctypes.c_int64),
+    ]
 
 
 class _DecoderLayer(ctypes.Structure):
@@ -94,8 +98,8 @@ class _Parts:
         """rotary: dims of a head that turn."""
         layer = _DecoderLayer(width=self.width, head_dim=self.head_dim, rotary=rotary)
         for name, one in self.projections.items():
-            bias = None if one.bias is None else one.bias.data_ptr()
-            setattr(layer, name, _Projection(one.weight.data_ptr(), bias, one.out_features))
+            scales, bias = (None if part is None else part.data_ptr() for part in (one.scales, one.bias))
+            setattr(layer, name, _Projection(one.weight.data_ptr(), scales, bias, one.out_features))
         for name, norm in (self.norms | self.head_norms).items():
             if norm is not None:
                 setattr(layer, f"{name}_norm", norm.weight.data_ptr())
@@ -117,7 +121,7 @@ class _FewTokens:
         self.most = MOST_TOKENS * parts.width  # elements of x
         self._rotary = rotary
         self._layer = parts.described(rotary)
-        self.in_bf16 = self._layer.weights == Weights.BF16_MULTIPLIED
+        self.tolerance = TOLERANCE.get(Weights(self._layer.weights), TOLERANCE_IN_FLOAT32)
         self._address = ctypes.addressof(self._layer)
         # The memory that it points into lives as long as it does.
         modules = (*parts.projections.values(), *parts.norms.values(), *parts.head_norms.values())
@@ -184,7 +188,7 @@ class _Layers(nn.ModuleList):
 def fuse_decode(model: Any) -> None:
     """Let the decoder layers of a model on CPU use decode_layers.cpp for few tokens, where it can be had.
 
-    After `fuse_layers` and `keep_in_bf16`, and once its attention is ours; weights must not move any more.
+    After `fuse_layers` and whatever becomes of its weights, which must not move then. Its attention is ours.
     """
     kernels, decoder = _kernels(), model.get_decoder()
     if kernels is None:
@@ -214,8 +218,7 @@ def _few_tokens(
         return None
     few = _FewTokens(parts, trial.asked, rotary)
     differs = (few(x, angles, trial) - expected).abs().max()
-    tolerance = TOLERANCE_IN_BF16 if few.in_bf16 else TOLERANCE
-    return few if differs <= tolerance * expected.abs().max() else None
+    return few if differs <= few.tolerance * expected.abs().max() else None
 
 
 def _switched(layer: nn.Module, few: _FewTokens) -> Any:

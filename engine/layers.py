@@ -111,8 +111,11 @@ class GatedMLP(nn.Module):
         if x.numel() > MOST_TOKENS * self.gate_proj.in_features:
             return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
         gate, up = self.gate_proj, self.up_proj
-        in_bf16 = isinstance(gate, CpuLinear) and gate.in_bf16
-        return self.down_proj(gated_linear(x, gate.weight, up.weight, in_bf16=in_bf16))
+        if isinstance(gate, CpuLinear) and isinstance(up, CpuLinear):
+            options: Any = {"in_bf16": gate.in_bf16, "scales": (gate.scales, up.scales)}
+        else:
+            options = {}
+        return self.down_proj(gated_linear(x, gate.weight, up.weight, **options))
 
 
 def fuse_layers(model: nn.Module) -> None:

@@ -9,12 +9,9 @@ using namespace farspan;
 
 template <typename Weight>
 void run(LinearCall call) {
-  std::vector<uint16_t> rounded;
-  if constexpr (IN_BF16<Weight>) {
-    rounded.resize(call.num_tokens * call.num_inputs);
-    call.rounded = rounded.data();
-    round_inputs(call);
-  }
+  std::vector<char> prepared(prepared_bytes<Weight>(call.num_tokens, call.num_inputs));
+  call.prepared = prepared.data();
+  prepare<Weight>(call);
 #pragma omp parallel num_threads(call.num_threads)
   share_rows<Weight>(call);
   // Some again, to the same values.
@@ -29,6 +26,7 @@ extern "C" void farspan_linear(const LinearCall* call) {
   switch (call->weights) {
     case FLOAT32: return run<float>(*call);
     case BF16_WIDENED: return run<uint16_t>(*call);
+    case INT8: return run<Code>(*call);
     default: run<Bf16>(*call);
   }
 }
@@ -38,6 +36,7 @@ extern "C" void farspan_linear_many(const LinearCall* call) {
   switch (call->weights) {
     case FLOAT32: return many_tokens<float>(*call);
     case BF16_WIDENED: return many_tokens<uint16_t>(*call);
+    case INT8: return many_tokens<Code>(*call);
     default: many_tokens<Bf16>(*call);
   }
 }

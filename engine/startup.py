@@ -25,7 +25,7 @@ from engine.dense_prefill import with_fastest_dense
 from engine.engine import Engine
 from engine.kernels import Kernels, kernels_for
 from engine.layers import fuse_layers
-from engine.linear import can_be_fast, compute_in_float32, keep_in_bf16, speed_up_decode
+from engine.linear import GROUP, can_be_fast, speed_up_decode
 from engine.messages import ModelCard, Sampling, Submit
 from engine.models import end_tokens, load_model, model_info, prepare_model
 from engine.plans import ResolvedPlan, resolve_plans
@@ -33,6 +33,7 @@ from engine.rope import Rope
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.self_check import checked
+from engine.weights import compute_in_float32, keep_in_bf16, keep_in_int8
 from kvcache.cache import CacheSize, KVCache
 from kvcache.pool import page_bytes, pages_for
 from kvcache.state import StateRegistry
@@ -168,11 +169,21 @@ def network_as_served(folder: Path, config: EngineConfig, *, dtype: str, device:
     )
     if device == "cpu":
         if dtype == "bfloat16" and not compute_in_float32(network):
+            if config.weights_dtype == "int8":
+                raise ConfigError(
+                    f"engine.weights_dtype: int8 is for models of linear layers and plain embeddings, and"
+                    f" {folder.name} has other large weights: leave it out, or use engine.dtype: float32"
+                )
             return network
         speed_up_decode(network)
         fuse_layers(network)
         if config.weights_dtype == "bfloat16":
             keep_in_bf16(network)
+        elif config.weights_dtype == "int8" and not keep_in_int8(network):
+            raise ConfigError(
+                f"engine.weights_dtype: int8 is for linear layers of whole groups of {GROUP} inputs, and"
+                f" {folder.name} has none: leave it out"
+            )
         fuse_decode(network)
     return network
 
@@ -218,13 +229,14 @@ def dtype_for(asked: str, device: str) -> str:
 
 
 def check_weights_dtype(asked: str, dtype: str, device: str) -> None:
-    """Weights of fewer bits need kernels that widen them as they are read. Raises ConfigError."""
+    """Weights of fewer bits need kernels that know them. Raises ConfigError."""
     if asked == "auto":
         return
-    if device != "cpu" or dtype != "float32":
+    computes_in = ("float32", "bfloat16") if asked == "int8" else ("float32",)
+    if device != "cpu" or dtype not in computes_in:
         raise ConfigError(
-            f"engine.weights_dtype: {asked} is for a CPU that computes in float32; here is {dtype} on"
-            f" {device}: leave it out, and use engine.dtype"
+            f"engine.weights_dtype: {asked} is for a CPU with engine.dtype {' or '.join(computes_in)}; here"
+            f" is {dtype} on {device}: leave it out"
         )
     if not can_be_fast():
         raise ConfigError(

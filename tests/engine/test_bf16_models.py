@@ -13,9 +13,10 @@ from configs.bf16_products import Bf16Products, bf16_products
 from configs.loading import load_config
 from configs.native import compiler
 from engine import startup
-from engine.linear import Bf16Linear, compute_in_float32
+from engine.linear import Bf16Linear
 from engine.messages import Submit
 from engine.startup import load, resolve
+from engine.weights import compute_in_float32
 from tests.tiny import EAGER, greedy, make_prompt, save_tiny, tiny_model
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")

@@ -12,7 +12,8 @@ from engine import attention
 from engine.attention import Layer
 from engine.decode_layers import fuse_decode
 from engine.layers import fuse_layers
-from engine.linear import MOST_TOKENS, keep_in_bf16, speed_up_decode
+from engine.linear import MOST_TOKENS, speed_up_decode
+from engine.weights import keep_in_bf16
 from kvcache.kernels.cpu_step import WholeStep
 from tests.tiny import greedy, hf_greedy, make_prompt, plan, tiny_engine, tiny_model
 

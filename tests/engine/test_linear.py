@@ -15,13 +15,13 @@ from engine.linear import (
     CpuLinear,
     Weights,
     gated_linear,
-    keep_in_bf16,
     linear,
     linear_many,
     speed_up_decode,
     weights_of,
 )
 from engine.startup import check_weights_dtype
+from engine.weights import keep_in_bf16
 from tests.tiny import greedy, make_prompt, tiny_engine, tiny_model
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")

@@ -122,7 +122,7 @@ def test_weights_are_kept_in_the_dtype_that_was_asked_for(
         load(resolve(config(folder, **{"engine.dtype": "float32", "engine.weights_dtype": asked})))
         linears = [module for module in loaded[-1].modules() if isinstance(module, CpuLinear)]
         assert {module.weight.dtype for module in linears} == {dtype}
-    with pytest.raises(ConfigError, match="engine.weights_dtype: .* use engine.dtype"):
+    with pytest.raises(ConfigError, match="engine.weights_dtype: .* float32; here is bfloat16"):
         resolve(config(folder, **{"engine.dtype": "bfloat16", "engine.weights_dtype": "bfloat16"}))
 
 
