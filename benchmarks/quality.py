@@ -229,6 +229,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache-dtype", choices=["int8", "fp8"], help="judge every plan over pages of codes, too"
     )
+    parser.add_argument(
+        "--weights-dtype", choices=["bfloat16", "int8"], help="judge every plan with such weights, too"
+    )
     add_device(parser)
     parser.add_argument("--name", default="quality", help="of the JSON file: one run, one file")
     asked = parsed(parser, arguments)
@@ -242,10 +245,11 @@ def score_by_name(
 ) -> dict[str, Score]:
     """How each plan, and each peer, scores given tokens. `stack` ends what is started."""
     found: dict[str, Score] = {}
-    for cache_dtype in ("auto", asked.cache_dtype) if asked.cache_dtype else ("auto",):
+    narrow = (asked.cache_dtype or "auto", asked.weights_dtype or "auto")
+    for cache_dtype, weights_dtype in dict.fromkeys([("auto", "auto"), narrow]):
         scorer = Scorer(
             folder,
-            EngineConfig(model=asked.model),
+            EngineConfig(model=asked.model, weights_dtype=weights_dtype),
             plans,
             dtype=asked.dtype,
             device=asked.device,
@@ -253,6 +257,7 @@ def score_by_name(
             cache_dtype=cache_dtype,
         )
         over = "" if cache_dtype == "auto" else f" over {cache_dtype}"
+        over += "" if weights_dtype == "auto" else f", {weights_dtype} weights"
         found |= {f"{plan.name}{over}": partial(scorer.score, plan.name) for plan in plans}
     if asked.kvpress_python is not None:
         if not asked.decode_only:
@@ -292,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chat = chat_form(folder) if asked.form == "chat" else None
     plans = list({plan.name: plan for plan in map(load_variant, [DENSE, *asked.plans])}.values())
     names = ("lengths", "needles", "needles_per_text", "form", "samples", "rows", "replayed")
-    settings = {name: getattr(asked, name) for name in (*names, "dtype", "cache_dtype")}
+    settings = {name: getattr(asked, name) for name in (*names, "dtype", "cache_dtype", "weights_dtype")}
     settings |= {"model": folder.name, "text": text.name, "sha256": text.sha256, "threads": asked.threads}
     settings["plans"] = {plan.name: plan.model_dump(mode="json") for plan in plans}
     rows: list[dict[str, Any]] = []

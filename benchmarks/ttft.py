@@ -81,8 +81,11 @@ class HuggingFace:
 class InProcess:
     """Our engine, without server: what it costs beside HuggingFace is what the plans cost."""
 
-    def __init__(self, model: str, plans: Sequence[str], dtype: str, threads: int) -> None:
+    def __init__(
+        self, model: str, plans: Sequence[str], dtype: str, threads: int, *, weights_dtype: str = "auto"
+    ) -> None:
         flags = {"engine.model": model, "engine.dtype": dtype, "engine.threads": threads, "plans": plans}
+        flags |= {"engine.weights_dtype": weights_dtype}
         # Two sequences of cache are enough for one at a time, whatever its plan promises.
         # All candidates get the same prompts: no cached prefix may answer for the kernels.
         alone = {"scheduler.max_num_seqs": 2, "cache.enable_prefix_caching": False}
@@ -237,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_subject(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 7936], help="prompt tokens")
     parser.add_argument("--plans", nargs="+", default=["dense", "minference", "minference-snapkv"])
+    parser.add_argument(
+        "--weights-dtype", default="auto", choices=["auto", "bfloat16", "int8"], help="of ours, in process"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--server", metavar="URL", help="time a running server instead of the engine")
     parser.add_argument(
@@ -250,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subject = subject_of(asked)
     huggingface = HuggingFace(subject.folder, asked.dtype)
     settings = {**subject.settings, "ours": "over HTTP" if asked.server else "in process"}
+    if not asked.server:
+        settings["weights_dtype"] = asked.weights_dtype
     rows: list[Row] = []
     with ExitStack() as stack:
         peers: list[PeerProcess] = []
@@ -263,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours = (
             OverHttp(asked.server, asked.plans)
             if asked.server
-            else InProcess(asked.model, asked.plans, asked.dtype, asked.threads)
+            else InProcess(
+                asked.model, asked.plans, asked.dtype, asked.threads, weights_dtype=asked.weights_dtype
+            )
         )
         for length in asked.lengths:
             rows += measure(ours, huggingface, peers, Prompts(subject.text, length), asked.repeats)
