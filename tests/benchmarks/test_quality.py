@@ -185,3 +185,13 @@ def test_kvpress_is_judged_beside_ours_on_the_same_tokens(
     monkeypatch.delenv("PYTHONPATH")
     with pytest.raises(CannotRun, match="pip install kvpress"):
         run(tmp_path, model, *flags, *peer)
+
+
+def test_narrower_pages_and_weights_are_judged_beside_what_they_narrow(tmp_path: Path, model: Path) -> None:
+    flags = ("--report", str(save_text(tmp_path)), "--plans", "dense", "--decode-only")
+    both = ("--cache-dtype", "int8", "--weights-dtype", "bfloat16")
+    content = run(tmp_path, model, *flags, *both)
+    rows = {row["plan"]: row for row in content["rows"]}
+    assert list(rows) == ["dense", "dense over int8, bfloat16 weights"]
+    assert rows["dense over int8, bfloat16 weights"]["kl_decode"] > 1e-6, "rounded, so not quite the same"
+    assert content["settings"]["weights_dtype"] == "bfloat16"

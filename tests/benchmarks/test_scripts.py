@@ -52,7 +52,7 @@ def run(
 def test_ttft_times_huggingface_beside_each_plan(tmp_path: Path, model: Path) -> None:
     sparse = save_plan(tmp_path, "sparse", "prefill: {method: minference, vertical: 32, slash: 32}")
     flags = ("--lengths", "320", "--plans", "dense", str(sparse), "--repeats", "2")
-    content = run(ttft.main, "ttft", tmp_path, model, *flags)
+    content = run(ttft.main, "ttft", tmp_path, model, *flags, "--weights-dtype", "bfloat16")
     rows = {row["candidate"]: row for row in content["rows"]}
     assert list(rows) == ["hf dynamic", "hf static", "dense", "sparse"]
     assert min(rows["hf dynamic"]["ratio_to_hf"], rows["hf static"]["ratio_to_hf"]) == 1
@@ -60,7 +60,7 @@ def test_ttft_times_huggingface_beside_each_plan(tmp_path: Path, model: Path) ->
         assert row["length"] == 320 and len(row["timing"]["walls_s"]) == 2 and row["timing"]["wall_s"] > 0
     assert rows["dense"]["prefill_read_fraction"] == 1 > rows["sparse"]["prefill_read_fraction"]
     assert rows["dense"]["first_token_as_hf"] == rows["hf static"]["first_token_as_hf"] == 1
-    assert content["settings"]["dtype"] == "float32"
+    assert (content["settings"]["dtype"], content["settings"]["weights_dtype"]) == ("float32", "bfloat16")
 
 
 def test_huggingface_and_farspan_start_with_the_same_token(tmp_path: Path, model: Path) -> None:
