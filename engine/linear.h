@@ -80,7 +80,8 @@ struct CodedInputs {
         store(to + i, code);
       }
       scales[token * num_groups + group] = scale;
-      starts[token * num_groups + group] = -CODE_ZERO * static_cast<int32_t>(sum_of(__builtin_convertvector(sum, Floats)));
+      const float total = sum_of(__builtin_convertvector(sum, Floats));  // exactly
+      starts[token * num_groups + group] = -CODE_ZERO * static_cast<int32_t>(total);
     }
   }
 };
@@ -131,8 +132,10 @@ inline Rows<Weight> rows_at(const LinearCall& call, int64_t row) {
   const auto weight = [&](const void* of, int64_t at) { return static_cast<const Weight*>(of) + at * call.num_inputs; };
   const auto scales = [&](const float* of, int64_t at) { return of ? of + at * num_groups : nullptr; };
   if (call.gate)
-    return {{weight(call.gate, row), weight(call.weight, row)}, {scales(call.gate_scales, row), scales(call.scales, row)}};
-  return {{weight(call.weight, row), weight(call.weight, row + 1)}, {scales(call.scales, row), scales(call.scales, row + 1)}};
+    return {{weight(call.gate, row), weight(call.weight, row)},
+            {scales(call.gate_scales, row), scales(call.scales, row)}};
+  return {{weight(call.weight, row), weight(call.weight, row + 1)},
+          {scales(call.scales, row), scales(call.scales, row + 1)}};
 }
 
 // result [TOKEN_COUNT][ROWS]: the sums of tokens and rows of weights.
@@ -161,7 +164,8 @@ inline void products(const LinearCall& call, const Later& later, int64_t token, 
       Floats scales[ROWS];
       for (int r = 0; r < ROWS; ++r) scales[r] = splat(rows.scales[r][i / GROUP]);
       for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) weights[r][v] = load(reinterpret_cast<const Quad*>(rows.weights[r] + i) + v * LANES);
+        for (int v = 0; v < VECTORS; ++v)
+          weights[r][v] = load(reinterpret_cast<const Quad*>(rows.weights[r] + i) + v * LANES);
       for (int t = 0; t < TOKEN_COUNT; ++t) {
         const Quad* inputs = reinterpret_cast<const Quad*>(coded.codes + first + t * call.num_inputs);
         const int64_t group = (token + t) * coded.num_groups + i / GROUP;

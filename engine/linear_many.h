@@ -147,7 +147,8 @@ class ManyTokens {
       for (int64_t k = 0; k < num_inputs / STEP; k += LANES) {
         Floats block[LANES] = {};  // each lane a quad, which is only moved
         for (int i = 0; i < std::min<int64_t>(LANES, count - lane); ++i)
-          block[i] = load(reinterpret_cast<const float*>(coded.codes + (token + lane + i) * coded.num_inputs + input) + k);
+          block[i] = load(
+              reinterpret_cast<const float*>(coded.codes + (token + lane + i) * coded.num_inputs + input) + k);
         transpose(block);
         for (int i = 0; i < LANES; ++i) store(panel.inputs + (k + i) * WIDTH + lane, reinterpret_cast<Ints>(block[i]));
       }
@@ -220,8 +221,8 @@ void many_tokens(LinearCall call) {
   int64_t rows = TASK_ROWS;  // of a task: fewer where threads would find no work
   while (rows > 2 * LANES && num_parts * ((call.num_outputs + rows - 1) / rows) < 4 * call.num_threads) rows /= 2;
   const int64_t num_blocks = (call.num_outputs + rows - 1) / rows;
-  const Buffer<char> coded(IN_CODES<Weight> ? prepared_bytes<Weight>(call.num_tokens, call.num_inputs) : 0);
-  call.prepared = const_cast<char*>(&coded[0]);
+  Buffer<char> coded(IN_CODES<Weight> ? prepared_bytes<Weight>(call.num_tokens, call.num_inputs) : 0);
+  call.prepared = &coded[0];
 #pragma omp parallel num_threads(call.num_threads)
   {
     if constexpr (IN_CODES<Weight>) {

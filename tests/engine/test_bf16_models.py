@@ -53,12 +53,13 @@ def dtypes(network: nn.Module) -> dict[str, torch.dtype]:
 
 
 def heard(folder: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> tuple[Any, list[int], list[float]]:
-    """The network that a bf16 engine runs, its answer, and how likely it finds prompt and answer."""
+    """The network of an engine, in bf16 if flags say nothing, its answer, and how likely it finds all."""
     networks: list[Any] = []
     monkeypatch.setattr(startup, "load_model", _kept(startup.load_model, networks))
     asked = {"engine.model": str(folder), "engine.dtype": "bfloat16", "engine.threads": 1, "plans": ["dense"]}
-    engine, card = load(resolve(load_config(None, asked | {"cache.kv_cache_memory_bytes": "64MiB"} | flags)))
-    assert (card.dtype, card.device) == ("bfloat16", "cpu")
+    asked |= {"cache.kv_cache_memory_bytes": "64MiB"} | flags
+    engine, card = load(resolve(load_config(None, asked)))
+    assert (card.dtype, card.device) == (asked["engine.dtype"], "cpu")
     sampling = greedy(ANSWER, logprobs=1, prompt_logprobs=1)
     engine.submit(Submit("one", PROMPT, len(PROMPT), "dense", sampling))
     tokens: list[int] = []

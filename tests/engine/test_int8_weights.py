@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs.errors import ConfigError
 from configs.loading import load_config
 from configs.native import compiler, load_library
-from engine import attention, startup
+from engine import attention
 from engine.decode_layers import fuse_decode
 from engine.layers import fuse_layers
 from engine.linear import (
@@ -27,9 +27,9 @@ from engine.linear import (
     speed_up_decode,
     weights_of,
 )
-from engine.messages import Submit
 from engine.startup import check_weights_dtype, load, resolve
 from engine.weights import decoded, encoded, keep_in_int8
+from tests.engine.test_bf16_models import PROMPT, heard
 from tests.engine.test_decode_layers import switched
 from tests.tiny import EAGER, greedy, make_prompt, save_tiny, tiny_engine, tiny_model
 
@@ -179,29 +179,11 @@ def test_a_model_takes_a_quarter_and_answers_alike_alone_and_together() -> None:
     assert [together[str(index)] for index in range(len(prompts))] == alone
 
 
-def served(folder: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> tuple[Any, list[int], Tensor]:
-    """The network, the answer, and logprobs of prompt and answer."""
-    networks: list[Any] = []
-    load_model = startup.load_model
-    monkeypatch.setattr(
-        startup,
-        "load_model",
-        lambda *arguments, **options: networks.append(load_model(*arguments, **options)) or networks[-1],
-    )
-    asked = {"engine.model": str(folder), "engine.weights_dtype": "int8", "engine.threads": 1}
-    asked |= {"plans": ["dense"], "cache.kv_cache_memory_bytes": "64MiB"}
-    engine, _ = load(resolve(load_config(None, asked | flags)))
-    prompt = make_prompt(150, seed=3)
-    sampling = greedy(12, logprobs=1, prompt_logprobs=1)
-    engine.submit(Submit("one", prompt, len(prompt), "dense", sampling))
-    tokens: list[int] = []
-    likely: list[float] = []
-    while engine.has_work:
-        for output in engine.step().outputs:
-            assert output.error is None, output.error
-            tokens += output.tokens
-            likely += [one.logprob for one in (*output.prompt_logprobs, *output.logprobs)]
-    return networks[-1], [*prompt, *tokens], torch.tensor(likely)
+def served(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> tuple[Any, list[int], Tensor]:
+    """The network, prompt and answer, and logprobs of all of them but the first."""
+    flags = {"engine.dtype": dtype, "engine.weights_dtype": "int8"}
+    network, answer, likely = heard(folder, monkeypatch, **flags)
+    return network, [*PROMPT, *answer], torch.tensor(likely)
 
 
 def by_huggingface(folder: Path, tokens: list[int], *, rounded: bool) -> Tensor:
@@ -223,7 +205,7 @@ def test_a_family_is_near_huggingface_from_the_same_weights(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_tiny(tmp_path, family, **WHOLE_GROUPS)
-    network, tokens, likely = served(folder, monkeypatch, **{"engine.dtype": "float32"})
+    network, tokens, likely = served(folder, monkeypatch, "float32")
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
     assert linears and all(type(module) is Int8Linear for module in linears)
     exact, whole = (by_huggingface(folder, tokens, rounded=rounded) for rounded in (True, False))
@@ -234,7 +216,7 @@ def test_a_family_is_near_huggingface_from_the_same_weights(
 
 def test_it_serves_bf16_models_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path, **WHOLE_GROUPS)
-    network, tokens, likely = served(folder, monkeypatch, **{"engine.dtype": "bfloat16"})
+    network, tokens, likely = served(folder, monkeypatch, "bfloat16")
     assert network.lm_head.weight.dtype == network.model.embed_tokens.weight.dtype == CODES
     assert network.model.norm.weight.dtype == torch.float32
     assert (likely - by_huggingface(folder, tokens, rounded=False)).abs().mean() < 0.3  # a random model
