@@ -23,7 +23,7 @@ from engine.plans import ResolvedPlan, resolve_plans
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.self_check import checked
-from engine.startup import network_as_served, page_dtype_for
+from engine.startup import check_weights_dtype, network_as_served, page_dtype_for
 from kvcache.cache import CacheSize, KVCache
 from kvcache.state import StateRegistry
 
@@ -76,7 +76,8 @@ class Scorer:
         longest: int,
         cache_dtype: str = "auto",
     ) -> None:
-        """`longest`: tokens of the longest sequence to score."""
+        """`longest`: tokens of the longest sequence to score. Raises ConfigError, as a start would."""
+        check_weights_dtype(model.weights_dtype, dtype, device)
         network = network_as_served(folder, model, dtype=dtype, device=device)
         info = model_info(folder, model)
         states = StateRegistry()

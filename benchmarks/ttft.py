@@ -253,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--peer-python", default=sys.executable, metavar="PATH", help="interpreter that has their packages"
     )
     asked = parsed(parser, arguments)
+    if asked.server and asked.weights_dtype != "auto":
+        parser.error("--weights-dtype: a running server has its own, leave it out with --server")
     subject = subject_of(asked)
     huggingface = HuggingFace(subject.folder, asked.dtype)
     settings = {**subject.settings, "ours": "over HTTP" if asked.server else "in process"}

@@ -15,6 +15,7 @@ from benchmarks.prompts import Text, load_text, load_tokenizer
 from benchmarks.quality import Tally, gate
 from benchmarks.scoring import Scorer
 from benchmarks.tasks import CUE, needles, plain, repeated
+from configs.errors import ConfigError
 from configs.schema import EngineConfig
 from tests.benchmarks.builders import save_model, save_plan, save_text
 from tests.tiny import plan
@@ -195,3 +196,9 @@ def test_narrower_pages_and_weights_are_judged_beside_what_they_narrow(tmp_path:
     assert list(rows) == ["dense", "dense over int8, bfloat16 weights"]
     assert rows["dense over int8, bfloat16 weights"]["kl_decode"] > 1e-6, "rounded, so not quite the same"
     assert content["settings"]["weights_dtype"] == "bfloat16"
+
+
+def test_weights_that_would_stay_as_they_are_are_refused(tmp_path: Path, model: Path) -> None:
+    flags = ("--report", str(save_text(tmp_path)), "--plans", "dense", "--dtype", "bfloat16")
+    with pytest.raises(ConfigError, match="weights_dtype: bfloat16 is for .* float32; here is bfloat16"):
+        run(tmp_path, model, *flags, "--weights-dtype", "bfloat16")

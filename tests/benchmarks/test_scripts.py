@@ -63,6 +63,12 @@ def test_ttft_times_huggingface_beside_each_plan(tmp_path: Path, model: Path) ->
     assert (content["settings"]["dtype"], content["settings"]["weights_dtype"]) == ("float32", "bfloat16")
 
 
+def test_ttft_refuses_weights_for_a_server_that_has_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ttft.main(["--server", "http://127.0.0.1:1", "--weights-dtype", "int8"])
+    assert "--weights-dtype: a running server has its own" in capsys.readouterr().err
+
+
 def test_huggingface_and_farspan_start_with_the_same_token(tmp_path: Path, model: Path) -> None:
     prompt = ttft.Prompts(load_text(save_text(tmp_path), load_tokenizer(model)), length=200).at(0)
     peer = ttft.HuggingFace(model, "float32")
