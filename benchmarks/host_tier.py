@@ -60,9 +60,9 @@ def ask_thrice(
     cold = server.complete([*document, *questions[1]], plan, answer, cache_salt="cold")["choices"][0]["text"]
     return Restored(
         plan=plan,
-        first_seconds=round(first, 3),
-        again_seconds=round(again, 3),
-        there_seconds=round(there, 3),
+        first_seconds=round(first, 6),
+        again_seconds=round(again, 6),
+        there_seconds=round(there, 6),
         ratio=round(again / first, 4),
         restore_ratio=round((again - there) / first, 4),
         cached_tokens=cached,
@@ -107,9 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [
             (
                 row.plan,
-                row.first_seconds,
-                row.again_seconds,
-                row.there_seconds,
+                f"{row.first_seconds:.3f}",
+                f"{row.again_seconds:.3f}",
+                f"{row.there_seconds:.3f}",
                 row.ratio,
                 row.restore_ratio,
                 row.host_hits,

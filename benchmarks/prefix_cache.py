@@ -46,7 +46,7 @@ def ask_twice(
     second, cached = ask(server, [*document, *questions[1]], plan)
     warm = server.complete([*document, *questions[1]], plan, answer)["choices"][0]["text"]
     cold = server.complete([*document, *questions[1]], plan, answer, cache_salt="cold")["choices"][0]["text"]
-    return Asked(plan, round(first, 3), round(second, 3), round(second / first, 4), cached, warm == cold)
+    return Asked(plan, round(first, 6), round(second, 6), round(second / first, 4), cached, warm == cold)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(
         f"{asked.length} prompt tokens, asked again with another question of {QUESTION}",
         ("plan", "first s", "second s", "ratio", "cached tokens", "same answer"),
-        [(r.plan, r.first_seconds, r.second_seconds, r.ratio, r.cached_tokens, r.same_answer) for r in rows],
+        [
+            (
+                row.plan,
+                f"{row.first_seconds:.3f}",
+                f"{row.second_seconds:.3f}",
+                row.ratio,
+                row.cached_tokens,
+                row.same_answer,
+            )
+            for row in rows
+        ],
     )
     print(f"written: {path.name}")
 

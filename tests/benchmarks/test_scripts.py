@@ -237,10 +237,8 @@ def test_a_document_asked_again_comes_from_the_cache_with_the_same_answer(
     flags = ("--plans", "dense", "--length", "640", "--answer", "4")
     (row,) = run(prefix_cache.main, "prefix_cache", tmp_path, model, *flags)["rows"]
     assert row["cached_tokens"] == 512  # the whole pages of the document's 544 tokens
-    first, second = row["first_seconds"], row["second_seconds"]  # to the millisecond
     assert row["same_answer"]
-    assert (second - 5e-4) / (first + 5e-4) <= row["ratio"] + 1e-3
-    assert row["ratio"] - 1e-3 <= (second + 5e-4) / (first - 5e-4)
+    assert row["ratio"] == pytest.approx(row["second_seconds"] / row["first_seconds"], abs=1e-3)
 
 
 def test_a_document_whose_pages_others_had_comes_back_from_the_host(tmp_path: Path, model: Path) -> None:
@@ -248,9 +246,8 @@ def test_a_document_whose_pages_others_had_comes_back_from_the_host(tmp_path: Pa
     (row,) = run(host_tier.main, "host_tier", tmp_path, model, *flags)["rows"]
     assert row["cached_tokens"] == 512  # the whole pages of the document's 544 tokens
     assert row["host_hits"] >= 448  # the other prompt left one of the pool's eleven columns
-    assert row["same_answer"] and row["ratio"] == pytest.approx(
-        row["again_seconds"] / row["first_seconds"], rel=0.05
-    )
+    assert row["same_answer"]
+    assert row["ratio"] == pytest.approx(row["again_seconds"] / row["first_seconds"], abs=1e-3)
 
 
 def test_a_policy_that_lets_pages_go_holds_fewer_at_its_widest_moment(tmp_path: Path, model: Path) -> None:
