@@ -4,7 +4,8 @@
 // own, added up in the same order however many tokens come along: a result never depends on batch mates or threads.
 // Weights are float32, or bf16, half the bytes: widened as it is read, or multiplied with tokens that are rounded to it.
 // Or they are codes of 8 bits, a quarter: GROUP of a row share a scale, and so do GROUP inputs of a token, which become
-// codes, too. Sums of a group are exact.
+// codes, too. Sums of a group are exact. Groups of both are rotated before they become codes, which leaves their products
+// as they are and spreads outliers (Ashkboos et al., 2024, "QuaRot").
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -52,6 +53,35 @@ constexpr bool IN_CODES = std::is_same_v<Weight, Code>;
 template <typename Weight>
 constexpr int64_t AT_ONCE = IN_CODES<Weight> ? GROUP : IN_BF16<Weight> ? 2 * LANES : LANES;
 
+// Lane i holds x[i] + x[i ^ bit] or, where i has the bit, x[i ^ bit] - x[i]: a round of rotate() inside a vector.
+template <int BIT>
+inline Floats add_neighbours(Floats x) {
+  Ints neighbour;
+  Floats sign;
+  for (int lane = 0; lane < LANES; ++lane) {
+    neighbour[lane] = lane ^ BIT;
+    sign[lane] = lane & BIT ? -1.0f : 1.0f;
+  }
+  return multiply_add(x, sign, __builtin_shuffle(x, neighbour));
+}
+
+// A group times Sylvester's Hadamard matrix of that order over its square root, as engine/weights.py has it.
+inline void rotate(Floats (&x)[GROUP / LANES]) {
+  static_assert(GROUP == 64);  // the root: 8
+  for (Floats& part : x) {
+    part = add_neighbours<1>(add_neighbours<2>(part * 0.125f));
+    if constexpr (LANES > 4) part = add_neighbours<4>(part);
+    if constexpr (LANES > 8) part = add_neighbours<8>(part);
+  }
+  for (int64_t bit = 1; bit < GROUP / LANES; bit *= 2)
+    for (int64_t i = 0; i < GROUP / LANES; ++i) {
+      if (i & bit) continue;
+      const Floats sum = x[i] + x[i + bit];
+      x[i + bit] = x[i] - x[i + bit];
+      x[i] = sum;
+    }
+}
+
 // Tokens as codes, where `prepared` has them.
 struct CodedInputs {
   int8_t* codes;    // [num_tokens][num_inputs]
@@ -66,18 +96,20 @@ struct CodedInputs {
         num_inputs(call.num_inputs),
         num_groups(call.num_inputs / GROUP) {}
 
-  // One token, each group's largest element exactly.
+  // One token, the largest element of each rotated group exactly.
   void encode(const float* x, int64_t token) const {
     for (int64_t group = 0; group < num_groups; ++group, x += GROUP) {
-      Floats largest = {};
-      for (int64_t i = 0; i < GROUP; i += LANES) largest = larger(largest, larger(load(x + i), -load(x + i)));
+      Floats rotated[GROUP / LANES], largest = {};
+      for (int64_t i = 0; i < GROUP / LANES; ++i) rotated[i] = load(x + i * LANES);
+      rotate(rotated);
+      for (const Floats part : rotated) largest = larger(largest, larger(part, -part));
       const float scale = largest_of(largest) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
       int8_t* to = codes + token * num_inputs + group * GROUP;
       Ints sum = {};
-      for (int64_t i = 0; i < GROUP; i += LANES) {
-        const Ints code = rounded(load(x + i) * inverse);
+      for (int64_t i = 0; i < GROUP / LANES; ++i) {
+        const Ints code = rounded(rotated[i] * inverse);
         sum += code;
-        store(to + i, code);
+        store(to + i * LANES, code);
       }
       scales[token * num_groups + group] = scale;
       const float total = sum_of(__builtin_convertvector(sum, Floats));  // exactly

@@ -5,7 +5,12 @@ A bf16 model keeps its weights and computes in float32 around them, where all it
 
 Codes are whole numbers of 8 bits, and GROUP of a row share a scale (Yao et al., 2022, "ZeroQuant", section
 4.1; llama.cpp's Q8_0 has groups of 32). Tokens become codes before they are multiplied (engine/linear.h).
+Few inputs of a token are many times larger than the others, which codes would lose beside them: groups of
+weights and tokens are rotated, which spreads what is large over all (Ashkboos et al., 2024, "QuaRot",
+section 3; https://github.com/spcl/QuaRot, whose rotations span all inputs and are folded into other weights).
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +19,17 @@ from configs.quantised import INT8, dequantise, quantise
 from engine.linear import CODES, GROUP, Bf16Linear, CpuLinear, Int8Linear, fits
 
 CODE_ZERO = 128  # processors multiply unsigned bytes with signed ones
+
+
+def _rotation() -> Tensor:
+    """Sylvester's Hadamard matrix [GROUP, GROUP] over its norm: orthogonal, and its own inverse."""
+    signs = torch.ones(1, 1)
+    while len(signs) < GROUP:
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), signs)
+    return signs / math.sqrt(GROUP)
+
+
+ROTATION = _rotation()
 
 
 class _Bf16Embedding(nn.Embedding):
@@ -37,15 +53,16 @@ LINEARS = (CpuLinear, Bf16Linear)
 
 
 def encoded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [O, I] of weights [O, I], and their scales [O, I / GROUP] float32; I whole groups."""
-    codes, scales = quantise(weight.view(len(weight), -1, GROUP), INT8)
+    """Codes [O, I] of weights [O, I], rotated, and their scales [O, I / GROUP] float32; I whole groups."""
+    codes, scales = quantise(weight.float().view(len(weight), -1, GROUP) @ ROTATION, INT8)
     return (codes.to(torch.int16) + CODE_ZERO).to(CODES).flatten(1), scales.contiguous()
 
 
 def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     """What codes [..., I] with scales [..., I / GROUP] mean, [..., I] float32."""
-    groups = codes.view(*codes.shape[:-1], -1, GROUP).to(torch.int16) - CODE_ZERO
-    return dequantise(groups, scales, torch.float32).flatten(-2)
+    groups = codes.view(*codes.shape[:-1], -1, GROUP).float() - CODE_ZERO
+    # Whole numbers are summed up exactly, in whatever order: what is decoded along changes nothing.
+    return dequantise(groups @ ROTATION, scales, torch.float32).flatten(-2)
 
 
 def keep_in_bf16(model: nn.Module) -> None:
