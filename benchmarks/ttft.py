@@ -93,7 +93,8 @@ class InProcess:
         self.engine: Engine
         self.engine, card = load(resolve(config))
         self.dtype = card.dtype
-        self.plans = [plan.name for plan in card.plans]
+        after = "" if weights_dtype == "auto" else f", {weights_dtype} weights"
+        self.plans = {plan.name + after: plan.name for plan in card.plans}
 
     def first_token(self, prompt: tuple[int, ...], plan: str) -> Answer:
         sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -112,7 +113,7 @@ class OverHttp:
 
     def __init__(self, url: str, plans: Sequence[str]) -> None:
         self.server = Server.at(url)
-        self.plans = [Path(plan).stem for plan in plans]
+        self.plans = {Path(plan).stem: Path(plan).stem for plan in plans}
 
     def first_token(self, prompt: tuple[int, ...], plan: str) -> Answer:
         # One token, not streamed: the reply leaves when the first token is there. The salt is new each time,
@@ -145,7 +146,7 @@ class Row:
 
 
 def measure(
-    ours: InProcess | OverHttp,
+    ours: Sequence[InProcess | OverHttp],
     huggingface: HuggingFace,
     peers: Sequence[PeerProcess],
     prompts: Prompts,
@@ -166,7 +167,7 @@ def measure(
     candidates: dict[str, Callable[[tuple[int, ...]], Answer]] = {
         **{f"hf {cache}": partial(huggingface.first_token, cache=cache) for cache in HF_CACHES},
         **{peer.name: partial(_ask, peer) for peer in peers},
-        **{name: partial(ours.first_token, plan=name) for name in ours.plans},
+        **{name: partial(one.first_token, plan=plan) for one in ours for name, plan in one.plans.items()},
     }
     timings = interleaved_medians({name: case(name, ask) for name, ask in candidates.items()}, repeats)
     best = min(timings[f"hf {cache}"].wall for cache in HF_CACHES)
@@ -176,7 +177,7 @@ def measure(
     for name, timing in timings.items():
         cost = answers[name][-1].cost
         shown = timing.json()
-        if cost is not None and isinstance(ours, OverHttp):
+        if cost is not None and isinstance(ours[0], OverHttp):
             shown["cpu_s_per_thread"] = None  # the work was another process's
         same = [answer.token == token for answer, token in zip(answers[name], expected, strict=True)]
         rows.append(
@@ -241,7 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 7936], help="prompt tokens")
     parser.add_argument("--plans", nargs="+", default=["dense", "minference", "minference-snapkv"])
     parser.add_argument(
-        "--weights-dtype", default="auto", choices=["auto", "bfloat16", "int8"], help="of ours, in process"
+        "--weights-dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "int8"],
+        help="of ours, in process, beside the model's own",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--server", metavar="URL", help="time a running server instead of the engine")
@@ -258,8 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subject = subject_of(asked)
     huggingface = HuggingFace(subject.folder, asked.dtype)
     settings = {**subject.settings, "ours": "over HTTP" if asked.server else "in process"}
-    if not asked.server:
+    name = "ttft"
+    if asked.weights_dtype != "auto":
         settings["weights_dtype"] = asked.weights_dtype
+        name += f"-{asked.weights_dtype}-weights"
     rows: list[Row] = []
     with ExitStack() as stack:
         peers: list[PeerProcess] = []
@@ -269,18 +275,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             setting = Setting(str(file), asked.dtype, asked.threads, max(asked.lengths))
             peers = start_peers(asked.peers, setting, asked.peer_python, stack)
+        ours: list[InProcess | OverHttp]
         # After the peers: what memory is left decides how large its cache is.
-        ours = (
-            OverHttp(asked.server, asked.plans)
-            if asked.server
-            else InProcess(
-                asked.model, asked.plans, asked.dtype, asked.threads, weights_dtype=asked.weights_dtype
-            )
-        )
+        if asked.server:
+            ours = [OverHttp(asked.server, asked.plans)]
+        else:
+            ours = [
+                InProcess(asked.model, asked.plans, asked.dtype, asked.threads, weights_dtype=weights_dtype)
+                for weights_dtype in dict.fromkeys(["auto", asked.weights_dtype])
+            ]
         for length in asked.lengths:
             rows += measure(ours, huggingface, peers, Prompts(subject.text, length), asked.repeats)
             results = {"settings": settings, "rows": [asdict(row) for row in rows]}
-            path = write_results("ttft", results, folder=asked.out)
+            path = write_results(name, results, folder=asked.out)
     show(rows)
     print(f"written: {path.name}")
 

@@ -52,13 +52,16 @@ def run(
 def test_ttft_times_huggingface_beside_each_plan(tmp_path: Path, model: Path) -> None:
     sparse = save_plan(tmp_path, "sparse", "prefill: {method: minference, vertical: 32, slash: 32}")
     flags = ("--lengths", "320", "--plans", "dense", str(sparse), "--repeats", "2")
-    content = run(ttft.main, "ttft", tmp_path, model, *flags, "--weights-dtype", "bfloat16")
+    name = "ttft-bfloat16-weights"
+    content = run(ttft.main, name, tmp_path, model, *flags, "--weights-dtype", "bfloat16")
     rows = {row["candidate"]: row for row in content["rows"]}
-    assert list(rows) == ["hf dynamic", "hf static", "dense", "sparse"]
+    ours = ["dense", "sparse", "dense, bfloat16 weights", "sparse, bfloat16 weights"]
+    assert list(rows) == ["hf dynamic", "hf static", *ours]
     assert min(rows["hf dynamic"]["ratio_to_hf"], rows["hf static"]["ratio_to_hf"]) == 1
     for row in rows.values():
         assert row["length"] == 320 and len(row["timing"]["walls_s"]) == 2 and row["timing"]["wall_s"] > 0
-    assert rows["dense"]["prefill_read_fraction"] == 1 > rows["sparse"]["prefill_read_fraction"]
+    for dense, sparse_too in (ours[:2], ours[2:]):
+        assert rows[dense]["prefill_read_fraction"] == 1 > rows[sparse_too]["prefill_read_fraction"]
     assert rows["dense"]["first_token_as_hf"] == rows["hf static"]["first_token_as_hf"] == 1
     assert (content["settings"]["dtype"], content["settings"]["weights_dtype"]) == ("float32", "bfloat16")
 
